@@ -1,0 +1,1 @@
+"""Plain PyTorch definitions of every operation: the oracle of the tests. No custom operator."""

@@ -1,0 +1,48 @@
+// The stable-ABI names that operators use, and the checks that protect memory.
+// User errors are raised in Python (ValueError/TypeError); what stands here is the second line of
+// defence for callers of torch.ops.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace als {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define ALS_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+
+inline void check_dim(const Tensor& t, int64_t dim, const char* name) {
+  ALS_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions, got ", t.dim());
+}
+
+inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
+  ALS_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", torch::headeronly::toString(dtype),
+            ", got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name) {
+  ALS_CHECK(t.size(dim) == size, name, ": expected size ", size, " in dimension ", dim, ", got ",
+            t.size(dim));
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& other, const char* name) {
+  ALS_CHECK(t.device() == other.device(), name, ": expected the device of the first argument");
+}
+
+// An uninitialised contiguous tensor on the device of `like`.
+inline Tensor empty_on(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+}  // namespace als

@@ -1,0 +1,40 @@
+// als_ext._C: the CPU half of the extension. Tensors go through torch.ops.als_ext; this module
+// holds the host-side functions that an operator schema cannot express.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/headeronly/version.h>
+
+#include <map>
+#include <string>
+
+#define ALS_QUOTE_(x) #x
+#define ALS_QUOTE(x) ALS_QUOTE_(x)
+
+namespace {
+
+std::map<std::string, bool> cpu_capability() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return {{"avx2", __builtin_cpu_supports("avx2") != 0},
+          {"fma", __builtin_cpu_supports("fma") != 0},
+          {"avx512f", __builtin_cpu_supports("avx512f") != 0},
+          {"avx512bf16", __builtin_cpu_supports("avx512bf16") != 0}};
+#else
+  return {};
+#endif
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"version", ALS_QUOTE(ALS_VERSION)},
+          {"compiler", __VERSION__},
+          {"built_with_torch", TORCH_VERSION}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "als_ext: CPU kernels, operator schemas and host-side functions";
+  m.def("build_info", &build_info, "Version, compiler and the torch whose headers were used.");
+  m.def("cpu_capability", &cpu_capability,
+        "Instruction sets of this processor that kernels can use.");
+}

@@ -1,0 +1,40 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from als_ext._library import has_cuda_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() and has_cuda_kernels():
+        return
+    reason = "no CUDA device" if has_cuda_kernels() else "als_ext is built without CUDA kernels"
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mnist_dir():
+    """MNIST's idx files: $ALS_DATA_DIR/mnist, or shared/data/mnist beside the checkout."""
+    root = os.environ.get("ALS_DATA_DIR")
+    folder = Path(root) / "mnist" if root else ROOT.parent / "shared" / "data" / "mnist"
+    if not (folder / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip(
+            f"MNIST's idx files are not in {folder}; set ALS_DATA_DIR to a folder that holds mnist/"
+        )
+    return folder

@@ -1,0 +1,145 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from als_ext.ops import knn_vote
+from als_ext.reference.knn_vote import knn_vote as knn_vote_reference
+
+
+def make(rows, k, n, classes, device, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    distance = torch.rand(rows, k, generator=g).sort(dim=1).values
+    index = torch.randint(0, n, (rows, k), generator=g)
+    label = torch.randint(0, classes, (n,), generator=g)
+    return distance.to(device), index.to(device), label.to(device)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "distance", "softmax"])
+@pytest.mark.parametrize(
+    ("rows", "k", "classes"),
+    [(1, 1, 1), (7, 3, 2), (300, 10, 10), (65, 129, 1000), (3, 2048, 5), (513, 33, 100_000)],
+)
+def test_agrees_with_float64_reference(rows, k, classes, weighting, device):
+    distance, index, label = make(rows, k, 1000, classes, device)
+    label[::7] = -1
+    index[:, 0] = -1
+    got = knn_vote(distance, index, label, classes, weighting=weighting)
+    want = knn_vote_reference(distance, index, label, classes, weighting=weighting)
+    if weighting == "uniform":  # exact counts: ties must break the same way
+        assert torch.equal(got[0], want[0])
+    else:
+        clear = want[2] > 1e-6
+        assert torch.equal(got[0][clear], want[0][clear])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[2], want[2], rtol=1e-6, atol=1e-6)
+
+
+def test_ties_go_to_the_smaller_class(device):
+    distance = torch.tensor([[0.1, 0.2, 0.3, 0.4]], device=device)
+    index = torch.tensor([[0, 1, 2, 3]], device=device)
+    winner, share, margin = knn_vote(distance, index, torch.tensor([2, 1, 1, 2], device=device), 3)
+    assert (winner.item(), share.item(), margin.item()) == (1, 0.5, 0.0)
+
+
+def test_a_row_without_votes_returns_ignore_label(device):
+    distance = torch.full((2, 3), float("nan"), device=device)
+    distance[1] = 0.5
+    index = torch.tensor([[0, 1, 2], [-1, 9, 3]], device=device)
+    label = torch.tensor([0, 1, 0, -7], device=device)
+    winner, share, margin = knn_vote(distance, index, label, 2, ignore_label=-7)
+    assert winner.tolist() == [-7, -7]
+    assert share.tolist() == [0.0, 0.0]
+    assert margin.tolist() == [0.0, 0.0]
+
+
+def test_exact_hits_take_the_whole_distance_vote(device):
+    distance = torch.tensor([[0.0, 0.5, 0.5]], device=device)
+    index = torch.tensor([[0, 1, 2]], device=device)
+    label = torch.tensor([1, 0, 0], device=device)
+    winner, share, _ = knn_vote(distance, index, label, 2, weighting="distance")
+    assert (winner.item(), share.item()) == (1, 1.0)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(0, 5), (4, 0)])
+def test_empty(rows, k, device):
+    winner, share, margin = knn_vote(
+        torch.empty(rows, k, device=device),
+        torch.empty(rows, k, dtype=torch.int64, device=device),
+        torch.zeros(3, dtype=torch.int64, device=device),
+        2,
+    )
+    assert winner.tolist() == [-1] * rows
+    assert share.tolist() == margin.tolist() == [0.0] * rows
+
+
+def test_order_of_neighbours_does_not_change_a_bit(device):
+    distance, index, label = make(200, 50, 500, 7, device)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1)).to(device)
+    a = knn_vote(distance, index, label, 7, weighting="softmax")
+    b = knn_vote(distance[:, order], index[:, order], label, 7, weighting="softmax")
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+def samples(device):
+    distance, index, label = make(6, 5, 20, 4, device)
+    yield (distance, index, label, 4, 0, 0.1, -1)
+    yield (distance.t().contiguous().t(), index, label, 4, 1, 0.1, -1)
+    yield (distance[:, :1].expand(6, 5), index[:, ::1], label[::2], 4, 2, 0.5, -1)
+    yield (distance[:0], index[:0], label, 4, 0, 0.1, -1)
+
+
+def test_opcheck(device):
+    for args in samples(device):
+        opcheck(torch.ops.als_ext.knn_vote.default, args)
+
+
+def test_compiles_with_fullgraph(device):
+    distance, index, label = make(6, 5, 20, 4, device)
+    compiled = torch.compile(lambda *a: knn_vote(*a, 4), fullgraph=True, backend="aot_eager")
+    for x, y in zip(
+        compiled(distance, index, label), knn_vote(distance, index, label, 4), strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"distance": torch.zeros(2, 3, dtype=torch.float64)},
+            TypeError,
+            "distance: expected dtype float32",
+        ),
+        ({"distance": [[0.0]]}, TypeError, "distance: expected a torch.Tensor, got list"),
+        (
+            {"index": torch.zeros(2, 4, dtype=torch.int64)},
+            ValueError,
+            r"index: expected shape \[2, 3\]",
+        ),
+        (
+            {"label": torch.zeros(4, 1, dtype=torch.int64)},
+            ValueError,
+            r"label: expected shape \[N\]",
+        ),
+        (
+            {"label": torch.tensor([0, 1, 5])},
+            ValueError,
+            r"label: expected values in \[0, 2\).*got 5 at position 2",
+        ),
+        ({"num_classes": 0}, ValueError, "num_classes: expected >= 1, got 0"),
+        ({"num_classes": 2.0}, TypeError, "num_classes: expected an int, got float"),
+        ({"weighting": "cosine"}, ValueError, "weighting: expected one of 'uniform'.*got 'cosine'"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a finite number"),
+        ({"temperature": float("nan")}, ValueError, "temperature: expected a finite number"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {
+        "distance": torch.zeros(2, 3),
+        "index": torch.zeros(2, 3, dtype=torch.int64),
+        "label": torch.zeros(4, dtype=torch.int64),
+        "num_classes": 2,
+    }
+    with pytest.raises(error, match=message):
+        knn_vote(**{**arguments, **change})
