@@ -35,7 +35,7 @@ def want_cuda(cuda_home, torch_cuda):
     if mode == "1" and (cuda_home is None or torch_cuda is None):
         sys.exit(
             f"ALS_CUDA=1 needs a CUDA toolkit (found: {cuda_home}) and a CUDA build of torch "
-            "'pip install --no-build-isolation .' in an environment with a CUDA torch."
+            f"(torch.version.cuda: {torch_cuda}). Set CUDA_HOME to the toolkit's folder and run "
             "'pip install --no-build-isolation .' in an environment with a CUDA torch."
         )
     return mode != "0" and cuda_home is not None and torch_cuda is not None

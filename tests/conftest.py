@@ -4,9 +4,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import als_ext
 from als_ext._library import has_cuda_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_report_header():
+    info = als_ext.build_info()
+    cuda = "with" if info["cuda_kernels"] else "without"
+    return (
+        f"als_ext {info['version']} {cuda} CUDA kernels, torch {info['torch']}: {als_ext.__file__}"
+    )
 
 
 def pytest_collection_modifyitems(items):
