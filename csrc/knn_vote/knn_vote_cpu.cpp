@@ -4,31 +4,36 @@
 namespace als {
 namespace {
 
-// Adds up one row; `votes` is all zero on entry and on return, so a row costs O(k), not
-// O(num_classes).
+// A thread's counters and the row it works on.
+struct VoteScratch {
+  std::vector<int64_t> votes;   // [num_classes], all zero between rows: a row costs O(k)
+  std::vector<int64_t> voter;   // [k] class of each neighbour that votes
+  std::vector<float> distance;  // [k] its distance
+};
+
 VoteResult vote_row(const float* distance, const int64_t* index, int64_t k, const int64_t* label,
                     int64_t num_labels, int64_t num_classes, int64_t ignore_label,
-                    VoteWeighting weighting, float inverse_temperature, int64_t* votes) {
-  const auto class_of = [&](int64_t j) -> int64_t {
-    if (index[j] < 0 || index[j] >= num_labels) return -1;
-    const int64_t c = label[index[j]];
-    return c == ignore_label || c < 0 || c >= num_classes ? -1 : c;
-  };
+                    VoteWeighting weighting, float inverse_temperature, VoteScratch& scratch) {
+  int64_t voters = 0;
   float d_min = INFINITY;
-  for (int64_t j = 0; j < k; ++j) {
-    if (class_of(j) >= 0 && distance[j] < d_min) d_min = distance[j];
+  for (int64_t j = 0; j < k; ++j) {  // the one random read of a neighbour: its label
+    if (index[j] < 0 || index[j] >= num_labels) continue;
+    const int64_t c = label[index[j]];
+    if (c == ignore_label || c < 0 || c >= num_classes) continue;
+    if (distance[j] < d_min) d_min = distance[j];
+    scratch.voter[voters] = c;
+    scratch.distance[voters++] = distance[j];
   }
+  int64_t* votes = scratch.votes.data();
   VoteResult result;
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t c = class_of(j);
-    if (c < 0) continue;
-    const int64_t weight = vote_weight(distance[j], d_min, weighting, inverse_temperature);
-    votes[c] += weight;
+  for (int64_t v = 0; v < voters; ++v) {
+    const int64_t weight = vote_weight(scratch.distance[v], d_min, weighting, inverse_temperature);
+    votes[scratch.voter[v]] += weight;
     result.total += weight;
   }
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t c = class_of(j);
-    if (c < 0 || votes[c] == 0) continue;
+  for (int64_t v = 0; v < voters; ++v) {
+    const int64_t c = scratch.voter[v];
+    if (votes[c] == 0) continue;
     result.offer(c, votes[c]);
     votes[c] = 0;
   }
@@ -57,11 +62,12 @@ VoteOutputs knn_vote_cpu(const Tensor& distance, const Tensor& index, const Tens
   // A thread zeroes num_classes counters once: its share of rows should outweigh that.
   const int64_t grain = std::max<int64_t>(256, num_classes / std::max<int64_t>(k, 1));
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> votes(num_classes, 0);
+    VoteScratch scratch{std::vector<int64_t>(num_classes, 0), std::vector<int64_t>(k),
+                        std::vector<float>(k)};
     for (int64_t q = begin; q < end; ++q) {
       const VoteResult result =
           vote_row(d_ptr + q * k, i_ptr + q * k, k, l_ptr, num_labels, num_classes, ignore_label,
-                   static_cast<VoteWeighting>(weighting), inverse_temperature, votes.data());
+                   static_cast<VoteWeighting>(weighting), inverse_temperature, scratch);
       winner[q] = result.best > 0 ? result.winner : ignore_label;
       share[q] = result.share();
       margin[q] = result.margin();
