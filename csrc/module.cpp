@@ -5,7 +5,10 @@
 #include <torch/headeronly/version.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
+
+#include "common/cpu_level.h"
 
 #define ALS_QUOTE_(x) #x
 #define ALS_QUOTE(x) ALS_QUOTE_(x)
@@ -30,6 +33,20 @@ std::map<std::string, std::string> build_info() {
           {"built_with_torch", TORCH_VERSION}};
 }
 
+void set_cpu_level(const std::string& name) {
+  static const std::map<std::string, als::CpuLevel> levels = {
+      {"auto", als::CpuLevel::kAuto},
+      {"baseline", als::CpuLevel::kBaseline},
+      {"avx2", als::CpuLevel::kAvx2},
+      {"avx512", als::CpuLevel::kAvx512}};
+  const auto level = levels.find(name);
+  if (level == levels.end()) {
+    throw std::invalid_argument("level: expected 'auto', 'baseline', 'avx2' or 'avx512', got '" +
+                                name + "'");
+  }
+  als::forced_cpu_level() = level->second;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -37,4 +54,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Version, compiler and the torch whose headers were used.");
   m.def("cpu_capability", &cpu_capability,
         "Instruction sets of this processor that kernels can use.");
+  m.def("set_cpu_level", &set_cpu_level,
+        "Caps the instruction set of the CPU kernels, for tests: 'auto', 'baseline', 'avx2' or "
+        "'avx512'.");
 }

@@ -1,3 +1,4 @@
 """The operations: per-sample losses, exact nearest neighbours and votes, on CPU and CUDA."""
 
+from als_ext.ops.knn import knn as knn
 from als_ext.ops.knn_vote import knn_vote as knn_vote

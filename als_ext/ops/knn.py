@@ -1,0 +1,117 @@
+"""knn: exact nearest neighbours, ties included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from als_ext.ops._checks import check_choice, check_int, check_tensor
+
+METRICS = ("l2", "cosine", "ip")  # position = the operator's enum
+PRECISIONS = ("fast", "exact")  # position = the operator's flag
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def knn(
+    query: Tensor,
+    database: Tensor,
+    k: int,
+    *,
+    metric: str = "l2",
+    exclude_self: bool = False,
+    precision: str = "exact",
+) -> tuple[Tensor, Tensor]:
+    r"""Find the k rows of the database nearest to each query, ascending by (distance, index).
+
+    .. math:: d_{l2} = \sum_j (x_j - y_j)^2, \qquad
+              d_{\cos} = 1 - \frac{\langle x, y\rangle}{|x||y|}
+                       = \tfrac12 \sum_j \Big(\frac{x_j}{|x|} - \frac{y_j}{|y|}\Big)^2, \qquad
+              d_{ip} = -\langle x, y\rangle
+
+    each summed in float64 in the written form (for cosine the last one, which does not cancel:
+    a duplicate is at 0) and rounded to float32. An all-zero row has cosine distance 1 to
+    everything.
+
+    ``precision="exact"`` promises the set and the order of exactly these numbers, ties going to
+    the lower index: under any shift of the data, zero padding, batch size, order of the database,
+    with equal norms and duplicates. float32 scores only pick the rows that are measured in
+    float64, and a bound on their error decides how many rows that must be.
+
+    Args:
+        query: [Q, D] float32, bfloat16, float16 or float64; D >= 1.
+        database: [M, D], dtype and device of ``query``.
+        k: neighbours per query, 1 <= k <= M (M - 1 with ``exclude_self``).
+        metric: "l2" (squared Euclidean), "cosine" or "ip".
+        exclude_self: row i of the query never gets row i of the database (by index, not by
+            distance); needs Q = M.
+        precision: "exact", or "fast", which trusts the float32 scores: a row whose distance differs
+            from the k-th by less than about (D + 5) 2^-24 times the product of the two rows'
+            distances from the database's mean may be missed. What is returned carries exact
+            distances in exact order.
+
+    Returns:
+        distance [Q, k] float32 and index [Q, k] int64.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: shapes or devices that do not fit, k out of range, and on the CPU a row with a
+            NaN or an infinity. On CUDA and inside ``torch.compile``, where looking would wait for
+            the device, such a row has distance NaN to everything, and NaN sorts last, by index.
+
+    Note:
+        No gradient. Works in ``torch.compile`` with fullgraph and in CUDA graphs. Deterministic to
+        the bit, on any number of threads. No Q x M matrix: at most 256 MB beyond inputs and
+        outputs (and a copy of an input that is not contiguous).
+
+    Example:
+        >>> import torch
+        >>> from als_ext.ops import knn
+        >>> points = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> distance, index = knn(points, points, 2, exclude_self=True)
+        >>> index[0].tolist(), distance[0].tolist()
+        ([2, 3], [1.0, 1.0])
+    """
+    check_tensor("query", query, shape=("Q", "D"), dtypes=DTYPES)
+    check_tensor(
+        "database", database, shape=("M", query.shape[1]), dtypes=[query.dtype], like=query
+    )
+    if query.shape[1] == 0:
+        raise ValueError(f"query: expected at least one column, got shape {list(query.shape)}")
+    rows = database.shape[0]
+    if exclude_self and query.shape[0] != rows:
+        raise ValueError(
+            f"query: expected {rows} rows, those of database, with exclude_self, "
+            f"got {query.shape[0]}"
+        )
+    available = rows - 1 if exclude_self else rows
+    check_int("k", k, low=1)
+    if k > available:
+        raise ValueError(f"k: expected at most {available}, the rows available, got {k}")
+    check_choice("metric", metric, METRICS)
+    check_choice("precision", precision, PRECISIONS)
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_finite("query", query)
+        if database is not query:
+            _check_finite("database", database)
+    distance, index = torch.ops.als_ext.knn.default(
+        query, database, k, METRICS.index(metric), exclude_self, precision == "exact"
+    )
+    return distance, index
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if value.numel() == 0 or all(map(torch.isfinite, torch.aminmax(value))):
+        return
+    for first in range(0, value.shape[0], 65536):
+        bad = ~value[first : first + 65536].isfinite().all(dim=1)
+        if bad.any():
+            at = first + int(bad.nonzero()[0])
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {at}")
+
+
+@torch.library.register_fake("als_ext::knn")
+def _fake(
+    query: Tensor, database: Tensor, k: int, metric: int, exclude_self: bool, exact: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], k)
+    return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)

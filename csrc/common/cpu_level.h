@@ -1,0 +1,32 @@
+// Which instruction set the CPU kernels use: the best one of this processor, or one forced by a
+// test through als_ext._C.set_cpu_level.
+#pragma once
+
+#include <atomic>
+
+namespace als {
+
+enum class CpuLevel : int { kAuto = -1, kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+inline CpuLevel best_cpu_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f")) return CpuLevel::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::kAvx2;
+#endif
+  return CpuLevel::kBaseline;
+}
+
+inline std::atomic<CpuLevel>& forced_cpu_level() {
+  static std::atomic<CpuLevel> level{CpuLevel::kAuto};
+  return level;
+}
+
+// The level of the next kernel; never above what the processor has.
+inline CpuLevel cpu_level() {
+  static const CpuLevel best = best_cpu_level();
+  const CpuLevel forced = forced_cpu_level().load(std::memory_order_relaxed);
+  return forced == CpuLevel::kAuto || forced > best ? best : forced;
+}
+
+}  // namespace als

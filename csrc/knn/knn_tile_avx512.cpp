@@ -1,0 +1,25 @@
+// The scoring kernel for AVX-512: 12 x 32 scores in 24 of 32 registers.
+#include "knn/knn_tile.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,fma")
+
+namespace als {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kRows = 12;
+
+inline __attribute__((always_inline)) uint32_t mask_greater(__m512 a, __m512 b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+
+#include "knn/knn_tile_kernel.h"
+
+}  // namespace
+
+const KnnTileKernel knn_tile_avx512{kRows, kColumns, run};
+
+}  // namespace als
+#endif

@@ -1,0 +1,26 @@
+// The scoring kernel for any processor: vectors of four floats.
+#include "knn/knn_tile.h"
+
+namespace als {
+namespace {
+
+constexpr int kLanes = 4;
+constexpr int kRows = 6;
+
+typedef float Vec4 __attribute__((vector_size(16)));
+
+inline __attribute__((always_inline)) uint32_t mask_greater(Vec4 a, Vec4 b) {
+  const auto greater = a > b;
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(greater[i] & 1) << i;
+  return mask;
+}
+
+#include "knn/knn_tile_kernel.h"
+
+}  // namespace
+
+extern const KnnTileKernel knn_tile_baseline;
+const KnnTileKernel knn_tile_baseline{kRows, kColumns, run};
+
+}  // namespace als
