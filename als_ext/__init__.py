@@ -2,5 +2,19 @@
 
 from als_ext import ops
 from als_ext._library import __version__, build_info
+from als_ext.correction import (
+    CorrectionConfig,
+    CorrectionResult,
+    LabelCorrector,
+    correct_labels,
+)
 
-__all__ = ["__version__", "build_info", "ops"]
+__all__ = [
+    "CorrectionConfig",
+    "CorrectionResult",
+    "LabelCorrector",
+    "__version__",
+    "build_info",
+    "correct_labels",
+    "ops",
+]

@@ -1,0 +1,14 @@
+"""Find wrong labels by scores and neighbours, and replace them."""
+
+from als_ext.correction.config import CorrectionConfig
+from als_ext.correction.correct import correct_labels
+from als_ext.correction.corrector import LabelCorrector, RelabelHistory
+from als_ext.correction.result import CorrectionResult
+
+__all__ = [
+    "CorrectionConfig",
+    "CorrectionResult",
+    "LabelCorrector",
+    "RelabelHistory",
+    "correct_labels",
+]

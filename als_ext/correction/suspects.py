@@ -1,0 +1,98 @@
+"""Which labels to doubt: evidence from votes, from the noise channel and from scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BINS = 50
+_SAMPLES_PER_BIN = 100  # fewer, and the measured rate of a bin is mostly chance
+
+
+def noise_channel(winner: Tensor, given: Tensor, num_classes: int) -> Tensor:
+    """Estimate P(given label = column | true label = row), the vote standing for the truth.
+
+    The confusion of votes and given labels, rows normalised; 1 / num_classes is added to each
+    count, so that a class without votes gets a flat row. A row without voters (-1) is left out.
+    """
+    voted = winner >= 0
+    cell = winner[voted] * num_classes + given[voted]
+    count = torch.bincount(cell, minlength=num_classes**2).view(num_classes, num_classes).double()
+    count += 1.0 / num_classes
+    return count / count.sum(dim=1, keepdim=True)
+
+
+def vote_evidence(
+    winner: Tensor,
+    share: Tensor,
+    own_share: Tensor,
+    given: Tensor,
+    channel: Tensor,
+    smoothing: float,
+) -> Tensor:
+    """Log-odds (nats, float64) of "the truth is the winner" against "the given label is right".
+
+    Bayes' rule with the shares as P(class | neighbours) and the channel as P(given | class):
+    log (s_w + a) / (s_y + a) + log T[w, y] / T[y, y]. Exactly 0 where w = y or nobody voted.
+    """
+    w = winner.clamp_min(0)
+    odds = (share.double() + smoothing).log() - (own_share.double() + smoothing).log()
+    odds = odds + channel[w, given].log() - channel[given, given].log()
+    return odds.masked_fill((winner < 0) | (winner == given), 0.0)
+
+
+def score_evidence(score: Tensor, disagrees: Tensor, applies: Tensor, limit: float) -> Tensor:
+    """Log-likelihood ratio (nats, float64, <= limit) of "the label is wrong" given the score.
+
+    What a score is worth is measured, not assumed: in bins of equal counts, the rate at which the
+    neighbours contradict the label, against the rate of all. With limit 0 a score can only vouch
+    for a label, never condemn it: a high loss also marks hard samples, which neighbours get wrong
+    too.
+
+    Args:
+        score: [n] float64, finite; the higher, the more suspect. Only its order counts.
+        disagrees: [n] bool, whether the vote contradicts the label.
+        applies: [n] bool, samples whose score belongs to the label in question; 0 elsewhere.
+        limit: upper bound of the result, >= 0.
+    """
+    out = torch.zeros_like(score)
+    values = score[applies]
+    n = values.numel()
+    bins = min(_BINS, n // _SAMPLES_PER_BIN)
+    if bins < 2:
+        return out
+    edge = values.sort().values[torch.arange(1, bins, device=score.device) * n // bins]
+    which = torch.searchsorted(edge, values, right=True)  # equal scores share a bin
+    wrong = disagrees[applies]
+    total = torch.bincount(which, minlength=bins).double()
+    count = torch.bincount(which[wrong], minlength=bins).double()
+    base = (wrong.double().mean()).clamp(1.0 / n, 1.0 - 1.0 / n)
+    rate = (count + base) / (total + 1.0)  # an empty bin says nothing
+    ratio = (rate.logit() - base.logit()).clamp_max(limit)
+    out[applies] = ratio[which]
+    return out
+
+
+def score_threshold(score: Tensor, suspects: str | float) -> float:
+    """The score from which on a sample is a suspect: Otsu's, or that of the highest share."""
+    if isinstance(suspects, str):
+        return _otsu_threshold(score)
+    n = score.numel()
+    top = max(1, round(suspects * n))
+    return float(score.sort().values[n - top])
+
+
+def _otsu_threshold(score: Tensor) -> float:
+    """The score from which on a sample is in the upper of two groups (Otsu, 1979).
+
+    Splits where the variance between the groups is largest; inf when all scores are equal.
+    """
+    s = score.sort().values
+    n = s.numel()
+    below = torch.arange(1, n, device=s.device, dtype=torch.float64)
+    partial = (s - s.mean()).cumsum(0)[:-1]  # sum below the split, around the mean
+    between = partial.square() / (below * (n - below))
+    between = between.masked_fill(s[1:] == s[:-1], -1.0)  # equal scores are not parted
+    if n < 2 or bool((between < 0).all()):
+        return float("inf")
+    return float(s[int(between.argmax()) + 1])
