@@ -35,6 +35,18 @@ struct alignas(sizeof(T) * kWidth) AlsoVector {
   T lane[kWidth];
 };
 
+// Explicit conversions: torch's build flags switch the implicit ones of the 16-bit types off.
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ void narrow(float x, float& out) { out = x; }
+__device__ __forceinline__ void narrow(double x, double& out) { out = x; }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) {
+  out = __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
+
 // Elements [begin, begin + kWidth) of one tensor. base and v_max are read only where they exist.
 template <bool kAmsgrad, bool kHalf, int kWidth, typename P, typename S>
 __device__ __forceinline__ void also_step_vector(const AlsoPointers<P, S>& t, int64_t begin,
@@ -55,10 +67,10 @@ __device__ __forceinline__ void also_step_vector(const AlsoPointers<P, S>& t, in
   if constexpr (kHalf) base = *base_pointer;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    S point = static_cast<S>(theta.lane[i]);
-    also_element<kAmsgrad, kHalf>(point, static_cast<S>(grad.lane[i]), base.lane[i], m.lane[i],
-                                  v.lane[i], v_max.lane[i], c);
-    theta.lane[i] = static_cast<P>(point);
+    S point = widen(theta.lane[i]);
+    also_element<kAmsgrad, kHalf>(point, widen(grad.lane[i]), base.lane[i], m.lane[i], v.lane[i],
+                                  v_max.lane[i], c);
+    narrow(point, theta.lane[i]);
   }
   *param = theta;
   *exp_avg = m;
