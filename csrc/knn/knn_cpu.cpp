@@ -182,6 +182,13 @@ class Search {
     return scale != 0.0;
   }
 
+  // Candidates lie all over the database; a row of a few cache lines arrives in time.
+  void prefetch(int64_t row) const {
+    const char* p = reinterpret_cast<const char*>(database_ + row * dim_);
+    const int64_t bytes = std::min<int64_t>(dim_ * sizeof(T), 1024);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
+  }
+
   Neighbour neighbour(int64_t row, bool nonzero, Worker& w) const {
     const Value* y = widened(database_, row, w.row.data());
     const double* q = w.query.data();
@@ -303,7 +310,7 @@ class Search {
   void plan() {
     panels_ = ceil_div(rows_, tile_.columns);
     chunk_ = std::clamp<int64_t>(kPackedBytes / (tile_.columns * dim_ * 4), 1, panels_);
-    capacity_ = std::min(2 * k_ + 256, rows_ + kKnnMaxColumns);
+    capacity_ = std::min(4 * k_ + 256, rows_ + kKnnMaxColumns);
     const int64_t fit = kBlockBytes / (4 * dim_) / tile_.rows * tile_.rows;
     block_ = std::clamp<int64_t>(fit, 4 * tile_.rows, kBlockQueries);
     block_ = std::min(block_, ceil_div(queries_, tile_.rows) * tile_.rows);
@@ -425,9 +432,6 @@ class Search {
 
   double offset() const { return has_zeros_ ? 0.5 * scale_ * scale_ : 0.0; }
   double square_error() const { return metric_ == KnnMetric::kIp ? 0.0 : error_.square; }
-  double entry_error(int64_t slot, double norm) const {
-    return radius_[slot] * norm + square_error() * (0.5 * norm * norm + offset());
-  }
 
   void score_chunk(int64_t count) {
     const int64_t blocks = ceil_div(count, block_);
@@ -477,30 +481,31 @@ class Search {
     });
   }
 
-  void keep(int64_t slot, int64_t from, int64_t to) {
-    const int64_t base = slot * capacity_;
-    entry_score_[base + to] = entry_score_[base + from];
-    entry_norm_[base + to] = entry_norm_[base + from];
-    entry_index_[base + to] = entry_index_[base + from];
-  }
-
   // Drops what the error bound excludes.
   void cut_by_bound(int64_t slot, Worker& w) {
     const int64_t count = count_[slot];
     if (count <= k_) return;
     const KnnRelation& relation = relation_[query_of(slot)];
-    const float* score = entry_score_.get() + slot * capacity_;
-    const float* norm = entry_norm_.get() + slot * capacity_;
+    float* score = entry_score_.get() + slot * capacity_;
+    float* norm = entry_norm_.get() + slot * capacity_;
+    int64_t* index = entry_index_.get() + slot * capacity_;
+    const double radius = radius_[slot], square = square_error(), extra = offset();
+    const auto error = [=](double n) { return radius * n + square * (0.5 * n * n + extra); };
     w.bounds.resize(count);
-    for (int64_t e = 0; e < count; ++e) w.bounds[e] = score[e] - entry_error(slot, norm[e]);
+    for (int64_t e = 0; e < count; ++e) w.bounds[e] = score[e] - error(norm[e]);
     std::nth_element(w.bounds.begin(), w.bounds.begin() + (k_ - 1), w.bounds.end(),
                      std::greater<double>());
     const double kth = relation.distance_of(w.bounds[k_ - 1]);
-    lower_[slot] = std::max(lower_[slot], relation.lowest_score(kth));
+    const double lower = std::max(lower_[slot], relation.lowest_score(kth));
     int64_t kept = 0;
-    for (int64_t e = 0; e < count; ++e) {
-      if (score[e] + entry_error(slot, norm[e]) >= lower_[slot]) keep(slot, e, kept++);
+    for (int64_t e = 0; e < count; ++e) {  // no branch: every second one would be mispredicted
+      const float s = score[e], n = norm[e];
+      score[kept] = s;
+      norm[kept] = n;
+      index[kept] = index[e];
+      kept += s + error(n) >= lower;
     }
+    lower_[slot] = lower;
     count_[slot] = kept;
   }
 
@@ -521,7 +526,12 @@ class Search {
     lower_[slot] = std::max(lower_[slot], relation_[i].lowest_score(kth));
     std::sort(order.begin(), order.begin() + k_,
               [](const auto& a, const auto& b) { return a.second < b.second; });
-    for (int64_t e = 0; e < k_; ++e) keep(slot, order[e].second, e);
+    for (int64_t e = 0; e < k_; ++e) {
+      const int64_t from = base + order[e].second;
+      entry_score_[base + e] = entry_score_[from];
+      entry_norm_[base + e] = entry_norm_[from];
+      entry_index_[base + e] = entry_index_[from];
+    }
     count_[slot] = k_;
   }
 
@@ -544,8 +554,10 @@ class Search {
       nonzero = load_query(q, w);
       for (int64_t s = 0; s < segments_; ++s) {
         const int64_t slot = slot_of(i, s);
+        const int64_t* index = entry_index_.get() + slot * capacity_;
         for (int64_t e = 0; e < count_[slot]; ++e) {
-          best.offer(neighbour(entry_index_[slot * capacity_ + e], nonzero, w));
+          if (e + 2 < count_[slot]) prefetch(index[e + 2]);
+          best.offer(neighbour(index[e], nonzero, w));
         }
       }
     } else {  // no scores for this query, or fewer than k finite rows

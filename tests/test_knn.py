@@ -1,0 +1,423 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from als_ext import _library
+from als_ext.ops import knn
+from als_ext.reference.knn import distances
+from als_ext.reference.knn import knn as knn_reference
+
+METRICS = ["l2", "cosine", "ip"]
+
+
+def gaussian(rows, dim, device, seed=0):
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def assert_same(got, want):
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[0], want[0])
+
+
+def check(query, database, k, **options):
+    got = knn(query, database, k, **options)
+    assert got[0].dtype == torch.float32
+    assert got[1].dtype == torch.int64
+    assert_same(got, knn_reference(query, database, k, **options))
+    return got
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [1, 2, 3, 7, 16, 17, 127, 128, 129, 768, 1025])
+def test_any_dimension(dim, metric, device):
+    database = gaussian(333, dim, device)
+    database[200:] = database[:133]  # ties: the lower index comes first
+    check(torch.cat([gaussian(20, dim, device, 1), database[:5]]), database, 20, metric=metric)
+
+
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 64, 65, 500, 2048])
+def test_any_k(k, device):
+    check(gaussian(17, 5, device, 1), gaussian(2048 if k == 2048 else 3001, 5, device), k)
+
+
+@pytest.mark.parametrize("k", [1, 33, 2048])
+def test_lists_that_are_cut_many_times(k, device):
+    """More rows than a candidate list holds, so that what is kept depends on the cuts."""
+    check(gaussian(6, 4, device, 1), gaussian(30_011, 4, device), k)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 5, 6, 7, 11, 12, 13, 191, 192, 193])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 65, 130])
+def test_ragged_tiles(queries, rows, device):
+    check(gaussian(queries, 9, device, 1), gaussian(rows, 9, device), min(3, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+def test_dtypes(dtype, metric, device):
+    check(
+        gaussian(30, 33, device, 1).to(dtype), gaussian(500, 33, device).to(dtype), 7, metric=metric
+    )
+
+
+def test_float64_finer_than_float32(device):
+    """Rows that float32 cannot tell apart: their distances can, from an equally fine query."""
+    database = 1.0 + 1e-12 * torch.arange(100.0, dtype=torch.float64, device=device)[:, None]
+    _, index = check(database.flip(0)[:10], database, 3)
+    assert index[:, 0].tolist() == list(range(99, 89, -1))
+
+
+@pytest.mark.parametrize("shift", [1e4, -3e6])
+def test_translation_does_not_collapse_distances(shift, device):
+    """On an integer grid the shift is exact, so nothing may change (faiss #5285)."""
+    g = torch.Generator().manual_seed(0)
+    database = torch.randint(-9, 9, (2000, 24), generator=g).float().to(device)
+    query = torch.randint(-9, 9, (50, 24), generator=g).float().to(device)
+    assert_same(knn(query + shift, database + shift, 30), knn(query, database, 30))
+    check(query + shift, database + shift, 30)
+
+
+def test_zero_padding_changes_nothing(device):
+    """faiss #5327."""
+    query, database = gaussian(40, 30, device, 1), gaussian(900, 30, device)
+    want = knn(query, database, 12)
+    for columns in (1, 34, 200):
+        padded = [torch.nn.functional.pad(t, (0, columns)) for t in (query, database)]
+        assert torch.equal(knn(*padded, 12)[1], want[1])
+        check(*padded, 12)
+
+
+def test_batch_size_changes_nothing(device):
+    """faiss #563."""
+    query, database = gaussian(70, 40, device, 1) + 100, gaussian(3000, 40, device) + 100
+    want = knn(query, database, 9)
+    for size in (1, 3, 16, 33):
+        parts = [knn(part, database, 9) for part in query.split(size)]
+        assert_same([torch.cat(p) for p in zip(*parts, strict=True)], want)
+
+
+def test_order_of_the_database_changes_only_the_names(device):
+    query, database = gaussian(40, 16, device, 1), gaussian(2000, 16, device)
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(2)).to(device)
+    distance, index = knn(query, database, 25)
+    shuffled = knn(query, database[order], 25)
+    assert torch.equal(shuffled[0], distance)
+    assert torch.equal(order[shuffled[1]], index)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_sorted_databases(descending, device):
+    """Every row nearer than all before it, or none."""
+    query = gaussian(10, 3, device, 1)
+    database = gaussian(20_000, 3, device)
+    far = (database - query[0]).square().sum(dim=1)
+    check(query, database[far.argsort(descending=descending)], 40)
+
+
+def test_near_points_of_equal_norm(device):
+    """cuVS #1632: |x|^2 + |y|^2 - 2<x, y> is 0 or negative here."""
+    angle = torch.linspace(0, 1e-3, 500, dtype=torch.float64)
+    database = (1000 * torch.stack([angle.cos(), angle.sin()], dim=1)).float().to(device)
+    distance, index = check(database, database, 20, exclude_self=True)
+    assert (distance > 0).all()
+    assert (distance >= 0).all()
+    assert not (index == torch.arange(500, device=device)[:, None]).any()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_self_is_nearest_at_distance_zero(metric, device):
+    points = gaussian(700, 50, device) + 50
+    distance, index = check(points, points, 3, metric=metric)
+    assert index[:, 0].tolist() == list(range(700))
+    assert (distance[:, 0] == 0).all()
+    assert (distance[:, 1:] > 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_exclude_self_goes_by_index_not_by_distance(metric, device):
+    points = gaussian(300, 8, device)
+    points[1::2] = points[::2]  # everyone has a twin
+    distance, index = check(points, points, 299, metric=metric, exclude_self=True)
+    assert not (index == torch.arange(300, device=device)[:, None]).any()
+    if metric != "ip":
+        assert index[:, 0].tolist() == [i ^ 1 for i in range(300)]
+        assert (distance[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_all_rows_equal(metric, device):
+    points = torch.full((2500, 6), 3.25, device=device)
+    for options in ({}, {"exclude_self": True}):
+        check(points, points, 10, metric=metric, **options)
+    check(points[:5], points, 2048, metric=metric)
+
+
+def test_few_distinct_distances(device):
+    """Thousands of ties at every rank, on both sides of the k-th."""
+    g = torch.Generator().manual_seed(0)
+    database = torch.randint(0, 2, (6000, 6), generator=g).float().to(device)
+    check(database[:60], database, 150)
+
+
+def test_half_duplicates(device):
+    database = gaussian(3000, 20, device)
+    database[torch.randperm(3000, generator=torch.Generator().manual_seed(1))[:1500]] = database[7]
+    check(torch.cat([database[7:8], gaussian(10, 20, device, 2)]), database, 33)
+
+
+def test_clusters_far_from_the_mean(device):
+    """Distances inside a cluster are 1e-10 of the norms: float32 scores alone see noise."""
+    g = torch.Generator().manual_seed(0)
+    centres = 100 * torch.randn(4, 10, generator=g)
+    database = centres[torch.arange(4000) % 4] + 1e-3 * torch.randn(4000, 10, generator=g)
+    check(database[:100].to(device), database.to(device), 15)
+
+
+def test_one_huge_row_spoils_nothing(device):
+    database = gaussian(3000, 10, device)
+    database[1234] = 1e15
+    check(torch.cat([database[:50], database[1234:1235]]), database, 15)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e17, 1e19, 3e37])
+def test_overflow_and_underflow_of_float32(scale, metric, device):
+    """Distances that round to 0 or to infinity tie, and go by index."""
+    check(scale * gaussian(20, 5, device, 1), scale * gaussian(700, 5, device), 12, metric=metric)
+
+
+def test_queries_far_from_the_database(device):
+    database = 1e-3 * gaussian(700, 5, device)
+    check(1e12 * gaussian(9, 5, device, 1), database, 12)
+    check(1e30 * gaussian(9, 5, device, 1), database, 12)
+
+
+def test_zero_rows_under_cosine(device):
+    database = gaussian(400, 12, device)
+    database[::5] = 0
+    query = torch.cat([database[:30], -database[:30]])
+    distance, _ = check(query, database, 350, metric="cosine")
+    assert ((distance >= 0) & (distance <= 2)).all()
+
+
+def test_cosine_distance_is_one_minus_the_cosine(device):
+    query, database = gaussian(30, 12, device, 1), 10 * gaussian(300, 12, device)
+    distance, index = knn(query, database, 300, metric="cosine")
+    cosine = torch.nn.functional.cosine_similarity(
+        query.double()[:, None], database.double()[index], dim=2
+    )
+    torch.testing.assert_close(distance, (1 - cosine).float(), rtol=1e-6, atol=1e-7)
+
+
+def test_top_10_is_a_prefix_of_top_100(device):
+    query, database = gaussian(200, 24, device, 1), gaussian(5000, 24, device)
+    short, long = knn(query, database, 10), knn(query, database, 100)
+    assert_same(short, [t[:, :10] for t in long])
+
+
+def test_non_contiguous_views(device):
+    query, database = gaussian(16, 40, device, 1), gaussian(600, 40, device)
+    want = knn(query[:, ::2].contiguous(), database[:, ::2].contiguous(), 5)
+    assert_same(knn(query[:, ::2], database[:, ::2], 5), want)
+    assert_same(knn(query[:, ::2].t().contiguous().t(), database[:, ::2], 5), want)
+    check(query[:1].expand(7, 40), database, 5)
+
+
+def test_no_queries(device):
+    distance, index = knn(torch.empty(0, 4, device=device), gaussian(10, 4, device), 3)
+    assert distance.shape == index.shape == (0, 3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_sort_last_in_the_operator(bad, metric, device):
+    """The public function refuses them on the CPU; the operator, which cannot look, is safe."""
+    query, database = gaussian(40, 6, device, 1), gaussian(600, 6, device)
+    database[100:400, 3] = bad
+    query[3, 0] = bad
+    got = torch.ops.als_ext.knn(query, database, 500, METRICS.index(metric), False, True)
+    d = distances(query, database, metric=metric)
+    want = d.sort(dim=1, stable=True)
+    assert torch.equal(got[1], want.indices[:, :500])
+    torch.testing.assert_close(got[0], want.values[:, :500], rtol=0, atol=0, equal_nan=True)
+    few = torch.ops.als_ext.knn(query, database, 20, METRICS.index(metric), False, True)
+    assert torch.equal(few[1], got[1][:, :20])
+
+
+def test_fast_returns_exact_distances_of_nearly_the_same_rows(device):
+    query, database = gaussian(300, 32, device, 1), gaussian(4000, 32, device)
+    distance, index = knn(query, database, 20, precision="fast")
+    exact = knn(query, database, 20)
+    assert (index == exact[1]).float().mean() > 0.999
+    d = (query.double()[:, None] - database.double()[index]).square().sum(dim=2).float()
+    assert torch.equal(distance, d)
+    assert (distance.diff(dim=1) >= 0).all()
+
+
+@pytest.fixture
+def cpu_level():
+    yield _library._C.set_cpu_level
+    _library._C.set_cpu_level("auto")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("level", ["avx2", "baseline"])
+def test_instruction_sets_agree_to_the_bit(level, metric, cpu_level):
+    query, database = gaussian(50, 203, "cpu", 1) + 5, gaussian(1500, 203, "cpu") + 5
+    want = knn(query, database, 70, metric=metric)
+    cpu_level(level)
+    assert_same(check(query, database, 70, metric=metric), want)
+
+
+def test_an_unknown_instruction_set_is_named():
+    with pytest.raises(ValueError, match="level: expected 'auto'.*got 'sse9'"):
+        _library._C.set_cpu_level("sse9")
+
+
+@pytest.mark.parametrize("queries", [2, 9, 400])
+def test_number_of_threads_changes_nothing(queries):
+    query, database = gaussian(queries, 20, "cpu", 1), gaussian(9000, 20, "cpu")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(knn(query, database, 30))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+def samples(device):
+    query, database = gaussian(9, 5, device, 1), gaussian(20, 5, device)
+    yield (query, database, 3, 0, False, True)
+    yield (query.t().contiguous().t(), database[::2], 3, 1, False, True)
+    yield (query[:1].expand(6, 5), database, 20, 2, False, False)
+    yield (database.double(), database.double(), 2, 0, True, True)
+    yield (query[:0], database, 3, 0, False, True)
+
+
+def test_opcheck(device):
+    for args in samples(device):
+        opcheck(torch.ops.als_ext.knn.default, args)
+
+
+def test_compiles_with_fullgraph(device):
+    query, database = gaussian(9, 5, device, 1), gaussian(20, 5, device)
+    compiled = torch.compile(
+        lambda q, y: knn(q, y, 3, metric="cosine"), fullgraph=True, backend="aot_eager"
+    )
+    assert_same(compiled(query, database), knn(query, database, 3, metric="cosine"))
+
+
+def test_compiles_once_for_any_number_of_rows(device):
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(
+        lambda q, y: knn(q, y, 3), fullgraph=True, backend=backend, dynamic=True
+    )
+    for queries, rows in ((9, 20), (10, 30), (11, 50)):
+        query, database = gaussian(queries, 5, device, 1), gaussian(rows, 5, device)
+        assert_same(compiled(query, database), knn(query, database, 3))
+    assert len(graphs) == 1
+
+
+def test_vmap_over_either_argument(device):
+    queries, databases = gaussian(4 * 6, 5, device, 1).view(4, 6, 5), gaussian(20, 5, device)
+    want = [knn(q, databases, 3) for q in queries]
+    want = [torch.stack(t) for t in zip(*want, strict=True)]
+    assert_same(torch.vmap(lambda q: knn(q, databases, 3))(queries), want)
+    batch = gaussian(4 * 6, 5, device, 2).view(4, 6, 5)
+    want = [torch.stack(t) for t in zip(*[knn(y, y, 3) for y in batch], strict=True)]
+    assert_same(torch.vmap(lambda y: knn(y, y, 3))(batch), want)
+
+
+def test_no_gradient_flows(device):
+    query = gaussian(5, 4, device).requires_grad_()
+    distance, _ = knn(query, gaussian(9, 4, device), 2)
+    assert not distance.requires_grad
+
+
+def with_bad_row(value):
+    points = torch.zeros(5, 3)
+    points[3, 1] = value
+    return points
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": [[0.0]]}, TypeError, "query: expected a torch.Tensor, got list"),
+        ({"query": torch.zeros(5)}, ValueError, r"query: expected shape \[Q, D\], got \[5\]"),
+        ({"query": torch.zeros(5, 3, dtype=torch.int64)}, TypeError, "query: expected dtype float"),
+        ({"database": torch.zeros(5, 4)}, ValueError, r"database: expected shape \[M, 3\]"),
+        (
+            {"database": torch.zeros(5, 3).bfloat16()},
+            TypeError,
+            "database: expected dtype float32, got bfloat16",
+        ),
+        ({"query": torch.zeros(5, 0), "database": torch.zeros(5, 0)}, ValueError, "one column"),
+        ({"database": torch.zeros(0, 3)}, ValueError, "k: expected at most 0.*got 2"),
+        ({"k": 0}, ValueError, "k: expected >= 1, got 0"),
+        ({"k": 6}, ValueError, "k: expected at most 5, the rows available, got 6"),
+        ({"k": 5, "exclude_self": True}, ValueError, "k: expected at most 4"),
+        ({"k": 2.0}, TypeError, "k: expected an int, got float"),
+        (
+            {"query": torch.zeros(4, 3), "exclude_self": True},
+            ValueError,
+            "query: expected 5 rows, those of database, with exclude_self, got 4",
+        ),
+        ({"metric": "l1"}, ValueError, "metric: expected one of 'l2', 'cosine', 'ip', got 'l1'"),
+        ({"precision": "tf32"}, ValueError, "precision: expected one of.*got 'tf32'"),
+        ({"query": with_bad_row(float("nan"))}, ValueError, "query: expected finite.*in row 3"),
+        ({"database": with_bad_row(float("inf"))}, ValueError, "database: expected fin.*in row 3"),
+        ({"database": with_bad_row(-float("inf"))}, ValueError, "database: expected.*in row 3"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {"query": torch.zeros(5, 3), "database": torch.zeros(5, 3), "k": 2}
+    with pytest.raises(error, match=message):
+        knn(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (torch.zeros(5, 3), torch.zeros(5, 4), 1, 0, False, True),
+        (torch.zeros(5, 3), torch.zeros(5, 3), 6, 0, False, True),
+        (torch.zeros(5, 3), torch.zeros(6, 3), 1, 0, True, True),
+        (torch.zeros(5, 3), torch.zeros(5, 3), 1, 3, False, True),
+        (torch.zeros(5, 3), torch.zeros(5, 3).double(), 1, 0, False, True),
+        (torch.zeros(5, 3).long(), torch.zeros(5, 3).long(), 1, 0, False, True),
+    ],
+)
+def test_the_operator_protects_memory_by_itself(args):
+    with pytest.raises(RuntimeError, match="expected"):
+        torch.ops.als_ext.knn(*args)
+
+
+def peak_bytes(call):
+    """Highest growth of the resident set while ``call`` runs, from the kernel's own mark."""
+    import pathlib
+
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    status = pathlib.Path("/proc/self/status")
+
+    def mark(name):
+        return 1024 * int(status.read_text().split(name)[1].split()[0])
+
+    before = mark("VmRSS:")
+    call()
+    return mark("VmHWM:") - before
+
+
+@pytest.mark.slow
+def test_extra_memory_is_bounded():
+    query, database = gaussian(1000, 512, "cpu", 1), gaussian(300_000, 512, "cpu")
+    outputs = 1000 * 1000 * 12
+    assert peak_bytes(lambda: knn(query, database, 1000)) - outputs < 256 << 20
