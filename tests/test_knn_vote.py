@@ -103,6 +103,28 @@ def test_compiles_with_fullgraph(device):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, None), (0, 0, 0), (None, 1, 0), (None, None, 1)])
+def test_vmap(in_dims, device):
+    distance, index, label = make(6, 5, 20, 4, device)
+    index[2, 1], index[3, 2] = -1, 20
+    many = torch.stack([distance, distance.flip(0), distance.flip(1)])
+    indices = torch.stack([index, index.flip(0), index.flip(1)])
+    labels = torch.stack([label, label.flip(0), label.roll(1)])
+    batched = [many, indices, labels]
+    arguments = [
+        single if dim is None else batch.movedim(0, dim)
+        for single, batch, dim in zip((distance, index, label), batched, in_dims, strict=True)
+    ]
+    got = torch.vmap(lambda *a: knn_vote(*a, 4), in_dims=in_dims)(*arguments)
+    for b in range(3):
+        chosen = [
+            single if dim is None else batch[b]
+            for single, batch, dim in zip((distance, index, label), batched, in_dims, strict=True)
+        ]
+        for x, y in zip(got, knn_vote(*chosen, 4), strict=True):
+            assert torch.equal(x[b], y)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

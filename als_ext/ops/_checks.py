@@ -21,11 +21,11 @@ def check_tensor(
     """Check type, shape (a str names a free size), dtype and device (that of ``like``)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    expected = "[" + ", ".join(map(str, shape)) + "]"
     fits = value.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
     )
-    if not fits:
+    if not fits:  # the text is made here alone: torch.compile cannot turn a dynamic size into one
+        expected = "[" + ", ".join(map(str, shape)) + "]"
         raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -64,3 +64,17 @@ def check_float(
         raise ValueError(
             f"{name}: expected a finite number in {left}{low:g}, {high:g}], got {value}"
         )
+
+
+def values_readable(value: Tensor) -> bool:
+    """Whether looking at values costs no wait for a device, and there are values to look at."""
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def batched_first(value: Tensor, dim: int | None, batch: int) -> Tensor:
+    """Return the value with vmap's dimension in front, expanded where it has none."""
+    return value.expand(batch, *value.shape) if dim is None else value.movedim(dim, 0)

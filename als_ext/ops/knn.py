@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from als_ext.ops._checks import check_choice, check_int, check_tensor
+from als_ext.ops._checks import (
+    batched_first,
+    check_choice,
+    check_int,
+    check_tensor,
+    values_readable,
+)
 
 METRICS = ("l2", "cosine", "ip")  # position = the operator's enum
 PRECISIONS = ("fast", "exact")  # position = the operator's flag
@@ -89,12 +97,17 @@ def knn(
         raise ValueError(f"k: expected at most {available}, the rows available, got {k}")
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_readable(query):
         _check_finite("query", query)
-        if database is not query:
-            _check_finite("database", database)
+    if values_readable(database) and database is not query:
+        _check_finite("database", database)
     distance, index = torch.ops.als_ext.knn.default(
-        query, database, k, METRICS.index(metric), exclude_self, precision == "exact"
+        query.detach(),
+        database.detach(),
+        k,
+        METRICS.index(metric),
+        exclude_self,
+        precision == "exact",
     )
     return distance, index
 
@@ -115,3 +128,27 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], k)
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_vmap("als_ext::knn")
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    query: Tensor,
+    database: Tensor,
+    k: int,
+    metric: int,
+    exclude_self: bool,
+    exact: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    batch = info.batch_size
+    query = batched_first(query, in_dims[0], batch)
+    options = (k, metric, exclude_self, exact)
+    if in_dims[1] is None and not exclude_self:  # one database: the batch is just more queries
+        distance, index = torch.ops.als_ext.knn.default(query.flatten(0, 1), database, *options)
+        shape = (batch, query.shape[1], k)
+        return (distance.view(shape), index.view(shape)), (0, 0)
+    databases = batched_first(database, in_dims[1], batch)
+    each = [torch.ops.als_ext.knn.default(query[b], databases[b], *options) for b in range(batch)]
+    distances, indices = zip(*each, strict=True)
+    return (torch.stack(distances), torch.stack(indices)), (0, 0)

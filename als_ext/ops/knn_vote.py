@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from als_ext.ops._checks import check_choice, check_float, check_int, check_tensor
+from als_ext.ops._checks import (
+    batched_first,
+    check_choice,
+    check_float,
+    check_int,
+    check_tensor,
+    values_readable,
+)
 
 WEIGHTINGS = ("uniform", "distance", "softmax")  # position = the operator's enum
 
@@ -74,7 +83,7 @@ def knn_vote(
     check_choice("weighting", weighting, WEIGHTINGS)
     check_float("temperature", temperature, low=0.0, open_low=True)
     check_int("ignore_label", ignore_label, low=-(2**63))
-    if label.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_readable(label):
         wrong = ((label < 0) | (label >= num_classes)) & (label != ignore_label)
         if wrong.any():
             at = int(wrong.nonzero()[0])
@@ -83,7 +92,13 @@ def knn_vote(
                 f"got {int(label[at])} at position {at}"
             )
     winner, share, margin = torch.ops.als_ext.knn_vote.default(
-        distance, index, label, num_classes, WEIGHTINGS.index(weighting), temperature, ignore_label
+        distance.detach(),
+        index,
+        label,
+        num_classes,
+        WEIGHTINGS.index(weighting),
+        temperature,
+        ignore_label,
     )
     return winner, share, margin
 
@@ -101,3 +116,27 @@ def _fake(
     rows = distance.shape[0]
     share = distance.new_empty(rows)
     return index.new_empty(rows), share, torch.empty_like(share)
+
+
+@torch.library.register_vmap("als_ext::knn_vote")
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    distance: Tensor,
+    index: Tensor,
+    label: Tensor,
+    *options: Any,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+    batch = info.batch_size
+    distance = batched_first(distance, in_dims[0], batch)
+    index = batched_first(index, in_dims[1], batch)
+    if in_dims[2] is not None:  # lay the label lists end to end, and shift the indices into them
+        label = label.movedim(in_dims[2], 0)
+        size = label.shape[1]
+        start = size * torch.arange(batch, device=index.device)[:, None, None]
+        index = torch.where((index >= 0) & (index < size), index + start, -1)
+    votes = torch.ops.als_ext.knn_vote.default(
+        distance.flatten(0, 1), index.flatten(0, 1), label.flatten(), *options
+    )
+    winner, share, margin = (t.view(distance.shape[:2]) for t in votes)
+    return (winner, share, margin), (0, 0, 0)

@@ -51,5 +51,4 @@ def knn(
         parts.append((d.gather(1, index), index))
     if not parts:
         return query.new_empty(0, k, dtype=torch.float32), query.new_empty(0, k, dtype=torch.int64)
-    distance, index = zip(*parts, strict=True)
-    return torch.cat(distance), torch.cat(index)
+    return torch.cat([d for d, _ in parts]), torch.cat([index for _, index in parts])
