@@ -8,11 +8,13 @@ from als_ext.correction import (
     LabelCorrector,
     correct_labels,
 )
+from als_ext.weights import SampleWeights
 
 __all__ = [
     "CorrectionConfig",
     "CorrectionResult",
     "LabelCorrector",
+    "SampleWeights",
     "__version__",
     "build_info",
     "correct_labels",

@@ -2,3 +2,4 @@
 
 from als_ext.ops.knn import knn as knn
 from als_ext.ops.knn_vote import knn_vote as knn_vote
+from als_ext.ops.pi_step import pi_step_ as pi_step_

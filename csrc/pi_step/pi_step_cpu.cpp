@@ -1,0 +1,148 @@
+#include <algorithm>
+#include <limits>
+
+#include "common/parallel.h"
+#include "pi_step/pi_step.h"
+#include "pi_step/pi_step_chunk.h"
+
+namespace als {
+namespace {
+
+constexpr int64_t kGrain = 4;  // chunks that are worth a thread
+
+// A batch: ascending indices; the first of equal ones holds their sum, the others are skipped.
+struct Batch {
+  const int64_t* index;
+  const double* grad;
+  int64_t size;
+
+  bool counts(int64_t p, int64_t n) const {
+    return (p == 0 || index[p] != index[p - 1]) && index[p] >= 0 && index[p] < n;
+  }
+};
+
+// Lift the batch out, add up the rest, put the batch back; without `advance` only
+// the normalisers are wanted.
+void pass(float* u, const float* log_prior, double* scalars, int64_t n, const Batch& batch,
+          const PiRule& rule, const PiPlan& plan, bool advance) {
+  std::vector<float> lifted(batch.size);
+  for (int64_t p = 0; p < batch.size; ++p) {
+    if (!batch.counts(p, n)) continue;
+    float& entry = u[batch.index[p]];
+    lifted[p] = advance_entry(entry, advance ? ascent(batch.grad[p], rule.step) : 0.0, plan);
+    entry = -INFINITY;
+  }
+
+  const PiExponent exponent = exponent_of(plan.new_scale, rule);
+  const ChunkFunction sum_chunk = chunk_function();
+  const int64_t chunks = (n + kPiChunk - 1) / kPiChunk;
+  std::vector<ChunkSums> sums(chunks);
+  parallel_for(chunks, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = c * kPiChunk;
+      const int64_t count = std::min(kPiChunk, n - first);
+      if (plan.rewrite) {
+        for (int64_t i = first; i < first + count; ++i) u[i] = rewrite_entry(u[i], plan);
+      }
+      sums[c] = sum_chunk(u + first, log_prior ? log_prior + first : nullptr, count, exponent);
+    }
+  });
+
+  LogSum total, half;
+  for (const ChunkSums& s : sums) {
+    total.add(s.max, s.sum);
+    half.add(s.max_half, s.sum_half);
+  }
+  for (int64_t p = 0; p < batch.size; ++p) {
+    if (!batch.counts(p, n)) continue;
+    const int64_t i = batch.index[p];
+    u[i] = lifted[p];
+    const double prior = log_prior ? rule.prior * log_prior[i] : 0.0;
+    const double r = plan.new_scale * lifted[p];
+    total.add(kLog2E * (prior + r), 1.0);
+    half.add(kLog2E * (prior + rule.rho * (r + ascent(batch.grad[p], rule.step))), 1.0);
+  }
+  scalars[kPiScale] = plan.new_scale;
+  scalars[kPiLogMean] = total.log_mean(n);
+  scalars[kPiLogMeanHalf] = half.log_mean(n);
+}
+
+void pi_step_cpu(Tensor u, Tensor scalars, Tensor skipped, Tensor pending_index,
+                 Tensor pending_grad, std::optional<Tensor> log_prior, Tensor index, Tensor order,
+                 Tensor loss, std::optional<Tensor> found_inf, double rho, double step,
+                 double prior) {
+  const PiRule rule =
+      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, rho, step, prior);
+  check_pi_batch(u, skipped, pending_index, index, order, loss, found_inf);
+  if (found_inf && *found_inf->const_data_ptr<float>() != 0.0f) return;
+  const int64_t n = u.size(0);
+  const int64_t size = index.size(0);
+  const auto* sorted = index.const_data_ptr<int64_t>();
+  const auto* from = order.const_data_ptr<int64_t>();
+  const auto* losses = loss.const_data_ptr<double>();
+  auto* keys = pending_index.mutable_data_ptr<int64_t>();
+  auto* grads = pending_grad.mutable_data_ptr<double>();
+  for (int64_t p = 0; p < size; ++p)
+    ALS_CHECK(from[p] >= 0 && from[p] < size, "order: expected values in [0, ", size, "), got ",
+              from[p]);
+  int64_t unusable = 0;
+  for (int64_t p = 0, head = 0; p < size; ++p) {  // in batch order within equal indices
+    if (p == 0 || sorted[p] != sorted[p - 1]) head = p;
+    keys[p] = sorted[p];
+    grads[p] = 0.0;
+    const double value = losses[from[p]];
+    if (usable_loss(value)) {
+      grads[head] += value;
+    } else {
+      ++unusable;
+    }
+  }
+  std::fill(keys + size, keys + pending_index.size(0), std::numeric_limits<int64_t>::max());
+  std::fill(grads + size, grads + pending_grad.size(0), 0.0);
+  *skipped.mutable_data_ptr<int64_t>() += unusable;
+  auto* state = scalars.mutable_data_ptr<double>();
+  state[kPiHasPending] = 1.0;
+  pass(u.mutable_data_ptr<float>(), log_prior ? log_prior->const_data_ptr<float>() : nullptr, state,
+       n, {keys, grads, size}, rule, plan_step(state, rule), true);
+}
+
+void pi_normalize_cpu(Tensor u, Tensor scalars, Tensor pending_index, Tensor pending_grad,
+                      std::optional<Tensor> log_prior, double rho, double step, double prior) {
+  const PiRule rule =
+      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, rho, step, prior);
+  auto* state = scalars.mutable_data_ptr<double>();
+  pass(u.mutable_data_ptr<float>(), log_prior ? log_prior->const_data_ptr<float>() : nullptr, state,
+       u.size(0),
+       {pending_index.const_data_ptr<int64_t>(), pending_grad.const_data_ptr<double>(),
+        pending_index.size(0)},
+       rule, plan_same(state), false);
+}
+
+Tensor pi_weight_cpu(Tensor u, Tensor scalars, Tensor pending_index, Tensor pending_grad,
+                     std::optional<Tensor> log_prior, std::optional<Tensor> index, double rho,
+                     double step, double prior, bool half, bool log) {
+  const PiRule rule =
+      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, rho, step, prior);
+  const PiView view = view_of(u, scalars, pending_index, pending_grad, log_prior, rule);
+  const Tensor keys = check_pi_index(u, index);
+  const int64_t* wanted = index ? keys.const_data_ptr<int64_t>() : nullptr;
+  const int64_t size = keys.size(0);
+  Tensor out = empty_on(u, {size}, ScalarType::Float);
+  auto* result = out.mutable_data_ptr<float>();
+  parallel_for(size, 2048, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const double value = log_weight(view, wanted ? wanted[p] : p, half);
+      result[p] = static_cast<float>(log ? value : std::exp(value));
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace als
+
+STABLE_TORCH_LIBRARY_IMPL(als_ext, CPU, m) {
+  m.impl("pi_step_", TORCH_BOX(&als::pi_step_cpu));
+  m.impl("pi_normalize_", TORCH_BOX(&als::pi_normalize_cpu));
+  m.impl("pi_weight", TORCH_BOX(&als::pi_weight_cpu));
+}
