@@ -71,7 +71,8 @@ def values_readable(value: Tensor) -> bool:
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and type(value) is Tensor  # no FakeTensor or other subclass
+        and torch._C._has_storage(value)  # no level of vmap or grad
     )
 
 
