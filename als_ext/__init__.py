@@ -8,9 +8,11 @@ from als_ext.correction import (
     LabelCorrector,
     correct_labels,
 )
+from als_ext.optim import ALSO
 from als_ext.weights import SampleWeights
 
 __all__ = [
+    "ALSO",
     "CorrectionConfig",
     "CorrectionResult",
     "LabelCorrector",
