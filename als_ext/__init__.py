@@ -2,6 +2,7 @@
 
 from als_ext import ops
 from als_ext._library import __version__, build_info
+from als_ext.config import TrainConfig
 from als_ext.correction import (
     CorrectionConfig,
     CorrectionResult,
@@ -9,6 +10,7 @@ from als_ext.correction import (
     correct_labels,
 )
 from als_ext.optim import ALSO
+from als_ext.trainer import Trainer, TrainResult
 from als_ext.weights import SampleWeights
 
 __all__ = [
@@ -17,6 +19,9 @@ __all__ = [
     "CorrectionResult",
     "LabelCorrector",
     "SampleWeights",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
     "__version__",
     "build_info",
     "correct_labels",

@@ -16,9 +16,10 @@ LAYERS = [  # a module may import from layers below its own, never from above
     {"reference"},
     {"_library"},
     {"ops"},
-    {"io", "weights"},
+    {"embedding", "io", "progress", "runtime", "weights"},
     {"optim", "correction", "data", "models"},
-    {"config", "metrics", "checkpoint"},
+    {"checkpoint", "config", "loader", "metrics"},
+    {"methods"},
     {"trainer"},
     {"cli"},
 ]

@@ -1,0 +1,5 @@
+"""The command line ``als-ext``: run, correct, info."""
+
+from als_ext.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,7 @@
+"""``python -m als_ext.cli`` is ``als-ext``."""
+
+import sys
+
+from als_ext.cli.app import main
+
+sys.exit(main())

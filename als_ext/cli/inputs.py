@@ -1,0 +1,114 @@
+"""What ``als-ext run`` trains on: standardised samples, given labels, true ones if known."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pooch
+import torch
+from torch import Tensor
+
+from als_ext.data import ArrayDataset, apply_noise, load_dataset, parse_noise, read_labels
+
+_OWN_DATA = ("npz:", "folder:")
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """Samples and labels of a run.
+
+    Attributes:
+        x_train: float32 [n, ...], standardised.
+        given_labels: int64 [n], the labels to train on.
+        true_labels: int64 [n]; None for a user's own data whose labels are the given ones.
+        test: standardised samples and their labels; None without any.
+        num_classes: number of classes.
+        noise: how the labels became wrong.
+        noise_rate: realised share of wrong labels; None where the true ones are unknown.
+        source_index: int64 [n], row of the source of each sample.
+        files: path of each sample in a folder; else empty.
+    """
+
+    x_train: Tensor
+    given_labels: Tensor
+    true_labels: Tensor | None
+    test: tuple[Tensor, Tensor] | None
+    num_classes: int
+    noise: str
+    noise_rate: float | None
+    source_index: Tensor
+    files: tuple[str, ...]
+
+
+def load_run_data(settings: dict[str, Any]) -> RunData:
+    """Load a data set and make or read its wrong labels.
+
+    True labels are those of the data set; only where a user's own data (npz:, folder:) gets
+    neither noise nor a label file they are taken as unknown.
+
+    Raises:
+        ValueError: noise and a label file together, or what the readers raise.
+        FileNotFoundError: a file that is not there.
+    """
+    spec, noise, labels = settings["dataset"], settings["noise"], settings["labels"]
+    if noise is not None and labels is not None:
+        raise ValueError(f"noise: expected --noise or --labels, got both ({noise}; {labels})")
+    own = spec.startswith(_OWN_DATA)
+    if noise is None:
+        noise = "none" if own or labels is not None else "symmetric:0.4"
+    parsed = parse_noise(noise)
+    if parsed.kind == "file":
+        labels = parsed.path
+    if labels is not None and not Path(labels).is_file():
+        raise FileNotFoundError(f"labels: expected a file, got none at {labels}")
+    if not sys.stderr.isatty():  # downloads are announced to a terminal only
+        pooch.get_logger().setLevel("WARNING")
+    data = load_dataset(spec, settings["data_dir"])
+    true: Tensor | None = data.y_train
+    if labels is not None:
+        given, noise = _labels_of_source(labels, data), f"file:{Path(labels).name}"
+    else:
+        features = data.x_train if parsed.kind == "instance" else None
+        given = apply_noise(
+            data.y_train,
+            parsed,
+            num_classes=data.num_classes,
+            seed=settings["seed"],
+            features=features,
+            dataset=data.name,
+        ).labels
+        if own and parsed.kind == "none":
+            true = None
+    x_train, x_test = _standardised(data.x_train, data.x_test)
+    return RunData(
+        x_train=x_train,
+        given_labels=given,
+        true_labels=true,
+        test=(x_test, data.y_test) if data.has_test else None,
+        num_classes=data.num_classes,
+        noise=noise,
+        noise_rate=None if true is None else int((given != true).sum()) / len(given),
+        source_index=data.train_index,
+        files=data.train_files,
+    )
+
+
+def _labels_of_source(path: str, data: ArrayDataset) -> Tensor:
+    """One label a row of the source; where the loader split it, those of the training rows."""
+    n = len(data.y_train)
+    rows = data.train_index
+    split = not torch.equal(rows, torch.arange(n))
+    labels = read_labels(path, n=n + split * len(data.y_test), num_classes=data.num_classes)
+    return labels[rows]
+
+
+def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero mean and unit variance over the training samples, by channel or feature."""
+    axes = [axis for axis in range(train.ndim) if axis != 1]
+    mean = train.mean(axes, keepdim=True)
+    scale = train.std(axes, keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant feature becomes 0
+    return (train - mean) / scale, (test - mean) / scale

@@ -1,0 +1,300 @@
+"""``als-ext run``: take or make wrong labels, train, correct, and say what came of it."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from als_ext import __version__
+from als_ext.checkpoint import check_same_settings
+from als_ext.cli.inputs import RunData, load_run_data
+from als_ext.config import TrainConfig
+from als_ext.data import write_labels
+from als_ext.io import atomic_write_text
+from als_ext.methods import METHODS
+from als_ext.metrics import Record
+from als_ext.models import MLP, MODELS, build_model
+from als_ext.ops._checks import check_choice, check_int
+from als_ext.trainer import Trainer, TrainResult
+
+DEFAULTS: dict[str, Any] = {
+    "dataset": "digits",
+    "data_dir": None,
+    "noise": None,
+    "labels": None,
+    "method": ["erm", "als-lc"],
+    "model": "auto",
+    "embedding": None,
+    "epochs": None,
+    "batch_size": None,
+    "lr": None,
+    "warmup": None,
+    "period": None,
+    "seed": 0,
+    "device": "auto",
+    "amp": "off",
+}
+SETTINGS_FILE, RESULT_FILE = "run.json", "result.json"
+COLUMNS = {  # keys of the JSON object under a method's name -> headings of the table
+    "test_accuracy": "test accuracy",
+    "label_accuracy_before": "labels before",
+    "label_accuracy_after": "labels after",
+    "relabel_precision": "precision",
+    "relabel_recall": "recall",
+    "seconds": "seconds",
+}
+
+
+def run(
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, mnist, fashion-mnist, npz:FILE or folder:DIR.", show_default="digits"
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the idx files of mnist and fashion-mnist.")
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            help="none, symmetric:R, pair:R, asymmetric:R, instance:R or file:PATH.",
+            show_default="symmetric:0.4; none for npz:, folder: and --labels",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels to train on (json, csv, npy, npz), for --noise.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="erm, also, als-lc: repeat it or give a comma list.", show_default="erm,als-lc"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=", ".join(MODELS) + ".", show_default="auto")
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(help="Layer that gives the embedding.", show_default="the model's own"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(show_default="by size of the data")] = None,
+    batch_size: Annotated[int | None, typer.Option(show_default="by size of the data")] = None,
+    lr: Annotated[float | None, typer.Option(show_default="by size of the data")] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(help="Epochs before the first correction.", show_default="by size"),
+    ] = None,
+    period: Annotated[
+        int | None, typer.Option(help="Epochs between corrections.", show_default="by size")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda[:N].", show_default="auto")
+    ] = None,
+    amp: Annotated[str | None, typer.Option(help="off, bf16 or f16.", show_default="off")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for metrics, checkpoints, labels. Without it no file."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(help="Seconds between checkpoints inside an epoch.")
+    ] = 60.0,
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(help="Steps between them, beside the seconds.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="1 for the mlp, else torch's")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object, only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train on wrong labels and correct them; without any option on bundled digits, in seconds."""
+    names = None if method is None else [m.strip() for words in method for m in words.split(",")]
+    given = {
+        "dataset": dataset,
+        "data_dir": None if data_dir is None else str(data_dir.resolve()),
+        "noise": noise,
+        "labels": None if labels is None else str(labels.resolve()),
+        "method": names,
+        "model": model,
+        "embedding": embedding,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "warmup": warmup,
+        "period": period,
+        "seed": seed,
+        "device": device,
+        "amp": amp,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = _settings(given, out, resume)
+    for name in settings["method"]:
+        check_choice("method", name, METHODS)
+    if len(set(settings["method"])) < len(settings["method"]):
+        raise ValueError(f"method: expected each once, got {', '.join(settings['method'])}")
+    check_int("seed", settings["seed"], low=0)
+    if threads is not None:
+        check_int("threads", threads, low=1)
+    data = load_run_data(settings)
+    trainers = {
+        name: _trainer(name, settings, data, out, quiet, checkpoint_seconds, checkpoint_steps)
+        for name in settings["method"]
+    }
+    if threads is None and all(isinstance(t.model, MLP) for t in trainers.values()):
+        threads = 1  # its steps are shorter than waiting for a second thread on a busy machine
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if out is not None and not resume:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(out / SETTINGS_FILE, {"version": __version__, "settings": settings})
+    result = _describe(settings, data, next(iter(trainers.values())).config)
+    try:
+        for name, trainer in trainers.items():
+            done = trainer.fit(
+                data.x_train,
+                data.given_labels,
+                test=data.test,
+                true_labels=data.true_labels,
+                resume=resume,
+            )
+            result[name] = _figures(done)
+            if out is not None:
+                _write_labels(out / name, done, data)
+    except KeyboardInterrupt:
+        if out is not None:
+            print(f"als-ext: go on with: als-ext run --out {out} --resume", file=sys.stderr)
+        raise
+    if out is not None:
+        _write_json(out / RESULT_FILE, result)
+    if json:
+        print(json_module.dumps(result, allow_nan=False))
+    else:
+        _print_table(result, list(trainers))
+
+
+def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str, Any]:
+    """Given settings over defaults, or those of the run to resume."""
+    if not resume:
+        if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(
+                f"out: expected a new or an empty folder, got {out}; --resume goes on with the "
+                "run in it"
+            )
+        return {**DEFAULTS, **given}
+    if out is None:
+        raise ValueError("resume: expected --out with the folder of a run, got none")
+    file = out / SETTINGS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"resume: expected the folder of a run, got no {file}")
+    try:
+        saved = json_module.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"resume: {file} is damaged ({type(error).__name__})") from error
+    check_same_settings({name: saved.get(name) for name in given}, given)
+    return {**DEFAULTS, **saved}
+
+
+def _trainer(
+    name: str,
+    settings: dict[str, Any],
+    data: RunData,
+    out: Path | None,
+    quiet: bool,
+    checkpoint_seconds: float,
+    checkpoint_steps: int | None,
+) -> Trainer:
+    chosen = ("epochs", "batch_size", "lr", "warmup", "period", "seed", "device", "amp")
+    config = TrainConfig.recommended(
+        len(data.given_labels),
+        method=name,
+        embedding=settings["embedding"],
+        checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps,
+        **{key: settings[key] for key in chosen if settings[key] is not None},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])  # every method starts from the same weights
+        model = build_model(settings["model"], data.x_train.shape[1:], data.num_classes)
+    return Trainer(
+        model,
+        config,
+        num_classes=data.num_classes,
+        out=None if out is None else out / name,
+        progress=False if quiet else None,
+    )
+
+
+def _describe(settings: dict[str, Any], data: RunData, config: TrainConfig) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "dataset": settings["dataset"],
+        "samples": len(data.given_labels),
+        "noise": data.noise,
+        "noise_rate": data.noise_rate,
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "device": config.device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _figures(done: TrainResult) -> Record:
+    return {
+        "test_accuracy": done.test_accuracy,
+        **done.label_metrics,
+        "seconds": round(done.seconds, 3),
+        "relabelled": int((done.labels != done.given_labels).sum()),
+    }
+
+
+def _write_labels(folder: Path, done: TrainResult, data: RunData) -> None:
+    """The corrected labels, and the report that says which were changed and why."""
+    if done.report is None:
+        return
+    write_labels(folder / "labels.npy", done.labels, overwrite=True)
+    files = data.files or None
+    rows = ["index,old,new,share,margin,suspect" + (",file" if files else "")]
+    columns = zip(
+        data.source_index.tolist(),
+        done.given_labels.tolist(),
+        done.labels.tolist(),
+        done.report["share"].tolist(),
+        done.report["margin"].tolist(),
+        done.report["suspect"].tolist(),
+        strict=True,
+    )
+    for row, (index, old, new, share, margin, suspect) in enumerate(columns):
+        line = f"{index},{old},{new},{share:.6g},{margin:.6g},{int(suspect)}"
+        rows.append(f"{line},{json_module.dumps(files[row])}" if files else line)
+    atomic_write_text(folder / "report.csv", "\n".join(rows) + "\n", overwrite=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json_module.dumps(content, indent=2, allow_nan=False) + "\n"
+    atomic_write_text(path, text, overwrite=True)
+
+
+def _print_table(result: dict[str, Any], methods: list[str]) -> None:
+    rate = result["noise_rate"]
+    wrong = "" if rate is None else f" ({100 * rate:.1f} % wrong)"
+    title = f"{result['dataset']}, {result['samples']} samples, noise {result['noise']}{wrong}"
+    table = Table(title=title, caption="– is undefined: nothing to count, or truth unknown")
+    table.add_column("method")
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for name in methods:
+        figures = result[name]
+        cells = ["–" if figures[key] is None else f"{figures[key]:.4f}" for key in COLUMNS]
+        cells[-1] = f"{figures['seconds']:.1f}"
+        table.add_row(name, *cells)
+    Console().print(table)

@@ -1,0 +1,229 @@
+"""The ways of training that the Trainer knows. A new one is a subclass with a name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from als_ext.config import TrainConfig
+from als_ext.correction import LabelCorrector
+from als_ext.metrics import Record
+from als_ext.ops import sample_loss, weighted_loss
+from als_ext.optim import ALSO
+from als_ext.runtime import Amp
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method works on.
+
+    Args:
+        model: the network, on ``device``.
+        config: the settings of the run.
+        num_classes: number of classes.
+        labels: int64 [n], the live labels: a method that corrects writes into them.
+        device: where batches come and losses go.
+        embed: embeddings float32 [n, D] of all training samples, in order, in eval mode.
+    """
+
+    model: nn.Module
+    config: TrainConfig
+    num_classes: int
+    labels: Tensor
+    device: torch.device
+    embed: Callable[[], Tensor]
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+class Method(ABC):
+    """What happens with a batch and after an epoch; one instance trains one model once.
+
+    Subclasses are registered by name: ``class Mine(Method, name="mine")``.
+    """
+
+    corrects = False  # whether it needs embeddings and may change labels
+
+    def __init_subclass__(cls, name: str, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        METHODS[name] = cls
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.amp = Amp(task.config.amp, task.device)
+        self.optimizer = self.make_optimizer()
+
+    @classmethod  # noqa: B027 - most methods have nothing to refuse
+    def check(cls, config: TrainConfig) -> None:
+        """Raise ValueError for settings that the method cannot work with."""
+
+    @abstractmethod
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer of ``task.model``; the Trainer sets its learning rate each step."""
+
+    @abstractmethod
+    def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        """Train on a batch without waiting for the device.
+
+        Args:
+            x: [B, ...] inputs.
+            label: int64 [B].
+            index: int64 [B], positions of the samples in the training set.
+
+        Returns:
+            The losses, float32 [B], detached.
+        """
+
+    def after_epoch(self, epoch: int, losses: Tensor) -> Record:
+        """Work between epochs, in eval mode; ``losses`` [n] are the samples' latest.
+
+        Returns:
+            Entries for the epoch's metrics.
+        """
+        return {}
+
+    def train_mode(self) -> None:
+        """Put the model into training."""
+        self.task.model.train()
+
+    def eval_mode(self) -> None:
+        """Put the model into evaluation."""
+        self.task.model.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs, beside the model's weights and the labels."""
+        return {"optimizer": self.optimizer.state_dict(), "amp": self.amp.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.amp.load_state_dict(state["amp"])
+
+    def report(self) -> dict[str, Tensor] | None:
+        """Per-sample tensors [n] about the correction of labels; None without one."""
+        return None
+
+
+class ERM(Method, name="erm"):
+    """Empirical risk minimisation: the mean loss, Adam. The baseline."""
+
+    def make_optimizer(self) -> Optimizer:
+        """Adam, the optimizer family of ALSO."""
+        config = self.task.config
+        return torch.optim.Adam(
+            self.task.model.parameters(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        """One step on the mean of the losses."""
+        with self.amp.autocast():
+            logits = self.task.model(x)
+        losses = sample_loss(logits, label)
+        self.optimizer.zero_grad()
+        self.amp.backward_and_step(losses.mean(), self.optimizer)
+        return losses.detach()
+
+
+class Also(Method, name="also"):
+    """ALSO (arXiv 2508.16734): the loss of each sample weighted by the learned pi."""
+
+    optimizer: ALSO
+
+    def make_optimizer(self) -> Optimizer:
+        """ALSO over all training samples."""
+        config = self.task.config
+        return ALSO(
+            self.task.model.parameters(),
+            n=len(self.task.labels),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            **config.also,
+        )
+
+    def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        """One step on the weighted loss, of the parameters and of pi."""
+        with self.amp.autocast():
+            logits = self.task.model(x)
+        total, losses = weighted_loss(logits, label, self.optimizer.loss_weight(index))
+        losses = losses.detach()
+        self.optimizer.zero_grad()
+        self.amp.backward_and_step(total, self.optimizer, index=index, losses=losses)
+        return losses
+
+    def train_mode(self) -> None:
+        """The model holds theta at the half point."""
+        super().train_mode()
+        self.optimizer.train()
+
+    def eval_mode(self) -> None:
+        """The model holds theta itself."""
+        super().eval_mode()
+        self.optimizer.eval()
+
+
+class AlsLc(Also, name="als-lc"):
+    """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
+
+    After ``warmup`` epochs, and then every ``period`` epochs but for the last, the corrector gets
+    the embeddings and log pi as the scores. Training goes on with its labels; pi of the relabelled
+    samples starts again, since its history belongs to the old label.
+    """
+
+    corrects = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
+        self._report: dict[str, Tensor] | None = None
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """At least one correction has to fit in."""
+        if config.warmup >= config.epochs:
+            raise ValueError(
+                f"epochs: expected more than warmup={config.warmup} for als-lc, got {config.epochs}"
+            )
+
+    def after_epoch(self, epoch: int, losses: Tensor) -> Record:
+        """Correct the labels if it is time."""
+        config, labels = self.task.config, self.task.labels
+        due = config.warmup <= epoch < config.epochs and not (epoch - config.warmup) % config.period
+        if not due or self.corrector.converged:
+            return {}
+        weights = self.optimizer.weights
+        high = weights.settings["direction"] == "max"  # then suspects have gained weight
+        scores = weights.log_pi() if high else -weights.log_pi()
+        result = self.corrector.step(self.task.embed(), scores, epoch)
+        labels.copy_(result.new_label)
+        weights.reset_(result.changed.nonzero()[:, 0])
+        self._report = {
+            "share": result.share.cpu(),
+            "margin": result.margin.cpu(),
+            "suspect": result.suspect.cpu(),
+        }
+        return {"suspects": int(result.suspect.sum())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and pi, the corrector, the last report."""
+        own = {"corrector": self.corrector.state_dict(), "report": self._report}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore all of it."""
+        super().load_state_dict(state)
+        self.corrector.load_state_dict(state["corrector"])
+        self._report = state["report"]
+
+    def report(self) -> dict[str, Tensor] | None:
+        """share, margin and suspect [n] of the last correction."""
+        return self._report

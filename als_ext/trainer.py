@@ -1,0 +1,364 @@
+"""The Trainer: one loop around a method, with metrics, checkpoints and exact resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from als_ext.checkpoint import (
+    check_same_settings,
+    load_checkpoint,
+    load_model_state,
+    save_checkpoint,
+)
+from als_ext.config import RESUME_MAY_CHANGE, TrainConfig
+from als_ext.data import IndexedDataset, TensorBatches, as_labels
+from als_ext.embedding import make_embedder
+from als_ext.loader import LoaderBatches
+from als_ext.methods import METHODS, Task
+from als_ext.metrics import FIELDS, FILES, MetricsWriter, Record, label_metrics
+from als_ext.ops._checks import check_choice, check_int
+from als_ext.progress import ProgressBar
+from als_ext.runtime import reproducible, resolve_device, rng_state, set_rng_state
+
+_EVAL_BATCH = 1024
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What a run gives.
+
+    Attributes:
+        labels: int64 [n] on the CPU, the labels after the last epoch.
+        given_labels: int64 [n] on the CPU, the labels before the first.
+        history: one record an epoch; the keys are ``als_ext.metrics.FIELDS``.
+        label_metrics: accuracy of the labels before and after, precision and recall of the
+            relabels (:func:`als_ext.metrics.label_metrics`); None where undefined.
+        report: per-sample tensors [n] of the last correction: share, margin, suspect; None for
+            a method that corrects nothing.
+        test_accuracy: after the LAST epoch, in [0, 1]; None without test samples.
+        seconds: training time, pauses between resumes left out.
+    """
+
+    labels: Tensor
+    given_labels: Tensor
+    history: list[Record]
+    label_metrics: Record
+    report: dict[str, Tensor] | None
+    test_accuracy: float | None
+    seconds: float
+
+
+class Trainer:
+    """Train a classifier on labels that may be wrong.
+
+    Args:
+        model: maps inputs [B, ...] to logits [B, C]. It is trained in place.
+        config: the settings.
+        num_classes: C, >= 2.
+        out: folder for ``checkpoint.pt``, ``metrics.jsonl`` and ``metrics.csv``; made if it is not
+            there. None writes nothing.
+        progress: show a bar on stderr; None shows it where stderr is a terminal.
+
+    Raises:
+        ValueError: an unknown method, device or embedding layer.
+
+    Note:
+        A resumed run gives the same bits as an unbroken one on the same machine, torch version and
+        number of threads. The training step never waits for the device: losses stay there and are
+        read once an epoch. The caller's random generators are left as they were.
+
+    Example:
+        >>> import torch
+        >>> from als_ext import Trainer, TrainConfig
+        >>> x = torch.randn(64, 5)
+        >>> model = torch.nn.Linear(5, 2)
+        >>> trainer = Trainer(model, TrainConfig(method="erm", epochs=2), num_classes=2)
+        >>> result = trainer.fit(x, (x[:, 0] > 0).long(), test=(x, (x[:, 0] > 0).long()))
+        >>> len(result.history)
+        2
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig | None = None,
+        *,
+        num_classes: int,
+        out: str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.config = TrainConfig() if config is None else config
+        check_choice("method", self.config.method, METHODS)
+        check_int("num_classes", num_classes, low=2)
+        self.num_classes = num_classes
+        self.device = resolve_device(self.config.device)
+        self.model = model
+        METHODS[self.config.method].check(self.config)
+        if METHODS[self.config.method].corrects:
+            make_embedder(model, self.config.embedding)  # says now what would fail after a warm-up
+        self._out = None if out is None else Path(out)
+        self._progress = progress
+
+    def fit(
+        self,
+        data: Tensor | Dataset[Any],
+        labels: Tensor | None = None,
+        *,
+        test: tuple[Tensor, Tensor] | Dataset[Any] | None = None,
+        true_labels: Tensor | None = None,
+        plain: Dataset[Any] | None = None,
+        resume: bool = False,
+    ) -> TrainResult:
+        """Train for ``config.epochs`` epochs.
+
+        Args:
+            data: inputs [n, ...], which move to the device as a whole, or a map-style Dataset whose
+                items are x or start with x.
+            labels: int64 [n] in [0, C), the labels to train on, right or wrong; None takes those of
+                the Dataset. They are copied.
+            test: inputs and labels, or a Dataset of (x, label), for the accuracy after each epoch.
+            true_labels: int64 [n], only to measure with; None where they are unknown.
+            plain: for a Dataset with random augmentation, the same samples in the same order
+                without it: embeddings are taken from these.
+            resume: go on from ``out/checkpoint.pt``; without that file start from the beginning.
+
+        Returns:
+            :class:`TrainResult`.
+
+        Raises:
+            FileExistsError: ``out`` holds a checkpoint and ``resume`` is false.
+            ValueError: labels out of range or of another length; a checkpoint that is damaged or
+                belongs to other data, settings or another model.
+            RuntimeError: the training loss is not finite.
+        """
+        self._set_up(data, labels, test, true_labels, plain)
+        saved = self._open(resume)
+        total = self.config.epochs * len(self._batches)
+        with (
+            reproducible(self.config.seed, self.device, self.config.deterministic),
+            ProgressBar(self.config.method, total, self._progress) as bar,
+        ):
+            if saved is not None:
+                self._restore(saved)
+            self._writer = None if self._out is None else MetricsWriter(self._out, self._history)
+            self._started = self._saved = time.monotonic()
+            self._train(bar, total)
+        return self._result()
+
+    def _train(self, bar: ProgressBar, total: int) -> None:
+        batches, method = self._batches, self._method
+        while batches.epoch < self.config.epochs:
+            epoch = batches.epoch
+            method.train_mode()
+            for x, label, index in batches:
+                done = epoch * len(batches) + batches.position
+                lr = self.config.lr_at(done - 1, len(batches))
+                for group in method.optimizer.param_groups:
+                    group["lr"] = lr
+                self._losses.index_copy_(0, index, method.step(x, label, index))
+                bar.step_to(done)
+                self._checkpoint_if_due(done)
+            method.eval_mode()
+            extra = method.after_epoch(epoch + 1, self._losses)
+            bar.note(self._record(epoch + 1, extra))
+            method.train_mode()
+            self._save()
+        method.eval_mode()
+
+    def _set_up(
+        self,
+        data: Tensor | Dataset[Any],
+        labels: Tensor | None,
+        test: tuple[Tensor, Tensor] | Dataset[Any] | None,
+        true_labels: Tensor | None,
+        plain: Dataset[Any] | None,
+    ) -> None:
+        config, device = self.config, self.device
+        source = IndexedDataset(data, labels)
+        self._given = as_labels(source.labels, num_classes=self.num_classes)
+        n = len(self._given)
+        self._true = None
+        if true_labels is not None:
+            self._true = as_labels(
+                true_labels, n=n, num_classes=self.num_classes, name="true_labels"
+            )
+        self._inputs: tuple[Tensor, ...] | Dataset[Any]
+        self._batches: TensorBatches | LoaderBatches
+        if isinstance(data, Tensor):
+            data = data.to(device)
+            self._inputs = (data,)
+            live = self._given.to(device, copy=True)
+            self._batches = TensorBatches(data, live, config.batch_size, seed=config.seed)
+        else:
+            self._inputs = data if plain is None else plain
+            self._batches = LoaderBatches(
+                source,
+                config.batch_size,
+                seed=config.seed,
+                device=device,
+                num_workers=config.num_workers,
+            )
+        if isinstance(test, tuple):
+            test_labels = as_labels(
+                test[1], n=len(test[0]), num_classes=self.num_classes, name="test labels"
+            )
+            test = (test[0], test_labels)
+        self._test = test
+        self._method = METHODS[config.method](
+            Task(
+                model=self.model.to(device),
+                config=config,
+                num_classes=self.num_classes,
+                labels=self._batches.labels,
+                device=device,
+                embed=self.embeddings,
+            )
+        )
+        self._losses = torch.zeros(n, device=device)
+        self._history: list[Record] = []
+        self._elapsed = 0.0  # seconds of the runs that this one resumes
+        digest = hashlib.sha256(self._given.numpy().tobytes()).hexdigest()
+        self._identity = {"samples": n, "labels sha256": digest}
+
+    def _open(self, resume: bool) -> dict[str, Any] | None:
+        """Check and make the folder; the checkpoint to go on from, if there is one."""
+        if self._out is None:
+            if resume:
+                raise ValueError("resume: expected a folder 'out' to resume from, got None")
+            return None
+        checkpoint = self._out / CHECKPOINT
+        if not resume:
+            for name in (CHECKPOINT, *FILES):
+                if (self._out / name).exists():
+                    raise FileExistsError(
+                        f"out: expected a folder without a run, got {self._out} with {name} in "
+                        "it; resume it or choose another"
+                    )
+        self._out.mkdir(parents=True, exist_ok=True)
+        for left_over in self._out.glob(f".{CHECKPOINT}.*.tmp"):  # of a killed run
+            left_over.unlink()
+        return load_checkpoint(checkpoint) if checkpoint.exists() else None
+
+    @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        """Embeddings float32 [n, D] of the training samples of ``fit``, in order, on the device."""
+        embed = make_embedder(self.model, self.config.embedding)
+        self._method.eval_mode()
+        with self._method.amp.autocast():
+            return torch.cat([embed(x) for x, *_ in self._eval_batches(self._inputs)])
+
+    @torch.no_grad()
+    def _test_accuracy(self) -> float | None:
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        count = 0
+        for x, label in self._eval_batches(self._test):
+            with self._method.amp.autocast():
+                right += (self.model(x).argmax(1) == label).sum()
+            count += len(label)
+        return int(right) / count if count else None
+
+    def _eval_batches(
+        self, data: tuple[Tensor, ...] | Dataset[Any] | None
+    ) -> Iterator[Sequence[Tensor]]:
+        if data is None:
+            return
+        if isinstance(data, tuple):
+            for start in range(0, len(data[0]), _EVAL_BATCH):
+                yield [part[start : start + _EVAL_BATCH].to(self.device) for part in data]
+            return
+        generator = torch.Generator()  # a DataLoader draws from it, not from the global one
+        for batch in DataLoader(
+            data, _EVAL_BATCH, num_workers=self.config.num_workers, generator=generator
+        ):
+            whole = batch if isinstance(batch, (list, tuple)) else (batch,)
+            yield [part.to(self.device) for part in whole]
+
+    def _record(self, epoch: int, extra: Record) -> str:
+        """Measure an epoch, note it in the history and the files; one line to show."""
+        loss = float(self._losses.mean())
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"training loss: expected a finite mean, got {loss} in epoch {epoch}"
+            )
+        labels = self._batches.labels.cpu()
+        record: Record = dict.fromkeys(FIELDS)
+        record.update(
+            epoch=epoch,
+            lr=self._method.optimizer.param_groups[0]["lr"],
+            train_loss=loss,
+            test_accuracy=self._test_accuracy(),
+            label_accuracy=label_metrics(self._given, labels, self._true)["label_accuracy_after"],
+            changed=int((labels != self._given).sum()),
+            seconds=self._seconds(),
+        )
+        record.update(extra)
+        self._history.append(record)
+        if self._writer is not None:
+            self._writer.append(record)
+        accuracy = record["test_accuracy"]
+        shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
+        return f"epoch {epoch}/{self.config.epochs}: loss {loss:.4f}{shown}"
+
+    def _seconds(self) -> float:
+        return self._elapsed + time.monotonic() - self._started
+
+    def _checkpoint_if_due(self, step: int) -> None:
+        every = self.config.checkpoint_steps
+        late = time.monotonic() - self._saved > self.config.checkpoint_seconds
+        if late or (every is not None and step % every == 0):
+            self._save()
+
+    def _save(self) -> None:
+        """Write all that :meth:`_restore` needs; called in train mode, between two steps."""
+        if self._out is None:
+            return
+        state = {
+            "config": self.config.to_dict(),
+            "data": self._identity,
+            "model": self.model.state_dict(),
+            "method": self._method.state_dict(),
+            "batches": self._batches.state_dict(),
+            "labels": self._batches.labels,
+            "losses": self._losses,
+            "history": self._history,
+            "rng": rng_state(self.device),
+            "seconds": self._seconds(),
+        }
+        save_checkpoint(self._out / CHECKPOINT, state)
+        self._saved = time.monotonic()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        check_same_settings(state["config"], self.config.to_dict(), RESUME_MAY_CHANGE)
+        check_same_settings(state["data"], self._identity)
+        load_model_state(self.model, state["model"])
+        self._method.load_state_dict(state["method"])
+        self._batches.load_state_dict(state["batches"])
+        self._batches.labels.copy_(state["labels"])
+        self._losses.copy_(state["losses"])
+        self._history = state["history"]
+        self._elapsed = state["seconds"]
+        set_rng_state(state["rng"], self.device)
+
+    def _result(self) -> TrainResult:
+        labels = self._batches.labels.cpu().clone()
+        return TrainResult(
+            labels=labels,
+            given_labels=self._given,
+            history=self._history,
+            label_metrics=label_metrics(self._given, labels, self._true),
+            report=self._method.report(),
+            test_accuracy=self._history[-1]["test_accuracy"],
+            seconds=self._history[-1]["seconds"] or 0.0,
+        )
