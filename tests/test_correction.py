@@ -598,6 +598,22 @@ def test_undo_steps_backwards(training):
     assert torch.equal(corrector.labels, truth)
 
 
+def test_undo_of_a_step_leaves_what_changed_since(training):
+    x, truth, given, corrector = training
+    corrector.step(x)
+    one = int((given != truth).nonzero()[3])
+    corrector.undo(one)
+    assert one not in corrector.undo().tolist()
+    assert torch.equal(corrector.labels, given)
+    corrector.step(x)
+    corrector.step(misplaced(x))
+    thrice = int((given[:30] == (truth[:30] + 2) % 3).nonzero()[0])  # a, then b, then c, then a
+    corrector.undo(thrice)
+    corrector.undo()
+    assert (corrector.labels != truth).nonzero()[:, 0].tolist() == [thrice]
+    assert corrector.labels[thrice] == given[thrice]
+
+
 @pytest.mark.parametrize("make", [int, torch.tensor, np.array, lambda i: torch.tensor([i, i])])
 def test_undo_of_one_sample_and_pin(training, make):
     x, truth, given, corrector = training
