@@ -223,8 +223,11 @@ def test_a_graph_from_before_the_step_cannot_be_walked_after_it(device):
     lists = Lists([(5,)], device)
     weight = lists.params[0].requires_grad_()
     loss = (weight * weight).sum()
+    grads = [torch.ones(5, device=device)]
+    with pytest.raises(RuntimeError, match=r"needs torch\.no_grad"):
+        lists.step(grads)
     with torch.no_grad():
-        lists.step([torch.ones(5, device=device)])
+        lists.step(grads)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

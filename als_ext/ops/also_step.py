@@ -57,7 +57,8 @@ def also_step_(
         found_inf: [] or [1] float32; not 0: nothing changes at all.
 
     Raises:
-        RuntimeError: lists that do not fit each other.
+        RuntimeError: lists that do not fit each other; parameters that require grad, with grad
+            mode on.
 
     Note:
         No gradient. No host synchronisation on CUDA; may be captured in a CUDA graph (a number as
@@ -77,6 +78,8 @@ def also_step_(
     """
     if not params:
         return
+    if torch.is_grad_enabled() and any(p.requires_grad for p in params):
+        raise RuntimeError("params: a step on tensors that require grad needs torch.no_grad()")
     device = params[0].device
     lr_tensor = None
     if isinstance(lr, Tensor):

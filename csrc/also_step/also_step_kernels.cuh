@@ -1,8 +1,10 @@
 // Device code of also_step. Torch-free.
 #pragma once
 
+#ifdef __CUDACC__  // the tests run this file on the CPU, without 16-bit types
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 #include <cstdint>
 
@@ -38,14 +40,16 @@ struct alignas(sizeof(T) * kWidth) AlsoVector {
 // Explicit conversions: torch's build flags switch the implicit ones of the 16-bit types off.
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ void narrow(float x, float& out) { out = x; }
 __device__ __forceinline__ void narrow(double x, double& out) { out = x; }
+#ifdef __CUDACC__
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) {
   out = __float2bfloat16_rn(x);
 }
 __device__ __forceinline__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
+#endif
 
 // Elements [begin, begin + kWidth) of one tensor. base and v_max are read only where they exist.
 template <bool kAmsgrad, bool kHalf, int kWidth, typename P, typename S>
@@ -65,7 +69,6 @@ __device__ __forceinline__ void also_step_vector(const AlsoPointers<P, S>& t, in
   StateVector v_max{}, base{};
   if constexpr (kAmsgrad) v_max = *max_exp_avg_sq;
   if constexpr (kHalf) base = *base_pointer;
-#pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     S point = widen(theta.lane[i]);
     also_element<kAmsgrad, kHalf>(point, widen(grad.lane[i]), base.lane[i], m.lane[i], v.lane[i],
@@ -135,7 +138,8 @@ __global__ void __launch_bounds__(kAlsoThreads)
 template <typename P, typename S>
 __global__ void also_advance_kernel(const __grid_constant__ AlsoBatch<P, S> batch,
                                     int64_t advances) {
-  if (threadIdx.x < batch.count && !batch.skipped()) *batch.tensors[threadIdx.x].step += advances;
+  const auto i = static_cast<int>(threadIdx.x);
+  if (i < batch.count && !batch.skipped()) *batch.tensors[i].step += advances;
 }
 
 }  // namespace als

@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 namespace emulated {

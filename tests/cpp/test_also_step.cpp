@@ -1,8 +1,12 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <random>
 
 #include "also_step/also_step_math.h"
+#include "emulate_cuda.h"
+// After the emulation:
+#include "also_step/also_step_kernels.cuh"
 
 namespace {
 
@@ -85,6 +89,95 @@ TEST(AlsoElement, AmsgradKeepsTheLargestSecondMoment) {
   EXPECT_EQ(v_max, v);
   also_element<true, false>(theta, std::numeric_limits<float>::quiet_NaN(), base, m, v, v_max, c);
   EXPECT_TRUE(std::isnan(v_max));
+}
+
+// The device code on the CPU, against the same formula element by element.
+template <typename T>
+struct Parameter {
+  std::vector<T> param, grad, m, v, v_max, base;
+  int64_t step;
+  int64_t size;
+  int64_t first;        // of param and grad; 1: misaligned for vectors
+  int64_t first_state;  // of the others
+
+  Parameter(int64_t n, int64_t advances, std::mt19937& random)
+      : step(advances), size(n), first(n % 2), first_state(n % 3 == 1) {
+    std::normal_distribution<T> normal;
+    for (auto* values : {&param, &grad, &m, &v, &v_max, &base}) {
+      for (int64_t i = 0; i < n + 2; ++i) values->push_back(normal(random));
+    }
+    for (auto* values : {&v, &v_max}) {
+      for (T& value : *values) value = std::abs(value);
+    }
+  }
+};
+
+template <typename T, bool kAmsgrad, bool kHalf>
+void compare_kernel_with_formula(float found_inf) {
+  std::mt19937 random(0);
+  std::vector<Parameter<T>> got;
+  int64_t advances = 0;
+  for (int64_t size : {0, 1, 5, 4096, 7, 0, 4097, 8191}) {
+    got.emplace_back(size, advances++, random);
+  }
+  auto want = got;
+  const AlsoOptions options{0.9, 0.99, 1e-8, 0.1, 0.7, false};
+  const double lr = 1e-2;
+  const float scale = 4.0f;
+  als::AlsoBatch<T, T> batch{};
+  batch.options = options;
+  batch.lr = -1.0;  // replaced by the tensor
+  batch.lr_tensor = &lr;
+  batch.grad_scale = &scale;
+  batch.found_inf = &found_inf;
+  int64_t chunks = 0;
+  for (auto& t : got) {
+    const auto state = [&t](std::vector<T>& values) { return values.data() + t.first_state; };
+    batch.tensors[batch.count] = {t.param.data() + t.first,
+                                  t.grad.data() + t.first,
+                                  state(t.m),
+                                  state(t.v),
+                                  kAmsgrad ? state(t.v_max) : nullptr,
+                                  kHalf ? state(t.base) : nullptr,
+                                  &t.step,
+                                  t.size};
+    chunks += (t.size + als::kAlsoChunk - 1) / als::kAlsoChunk;
+    batch.chunk_end[batch.count++] = chunks;
+  }
+  emulated::launch(static_cast<unsigned>(chunks), als::kAlsoThreads,
+                   [&] { als::also_step_kernel<kAmsgrad, kHalf>(batch); });
+  emulated::launch(1, als::kAlsoBatch,
+                   [&] { als::also_advance_kernel(batch, int64_t{kHalf ? 2 : 1}); });
+  for (size_t k = 0; k < want.size(); ++k) {
+    auto& t = want[k];
+    if (found_inf == 0.0f) {
+      const auto c = also_coefficients<T>(options, lr, scale, t.step);
+      for (int64_t i = 0; i < t.size; ++i) {
+        const int64_t j = t.first_state + i;
+        also_element<kAmsgrad, kHalf>(t.param[t.first + i], t.grad[t.first + i], t.base[j], t.m[j],
+                                      t.v[j], t.v_max[j], c);
+      }
+      t.step += kHalf ? 2 : 1;
+    }
+    EXPECT_EQ(got[k].step, t.step);
+    const std::vector<T>* pairs[][2] = {{&got[k].param, &t.param}, {&got[k].base, &t.base},
+                                        {&got[k].m, &t.m},         {&got[k].v, &t.v},
+                                        {&got[k].v_max, &t.v_max}, {&got[k].grad, &t.grad}};
+    for (const auto& [a, b] : pairs) {  // the elements before and after the tensor as well
+      for (size_t i = 0; i < a->size(); ++i) EXPECT_NEAR((*a)[i], (*b)[i], 1e-6) << k << " " << i;
+    }
+  }
+}
+
+TEST(AlsoStepKernel, AgreesWithTheFormulaOnEveryElement) {
+  compare_kernel_with_formula<float, false, false>(0.0f);
+  compare_kernel_with_formula<float, true, true>(0.0f);
+  compare_kernel_with_formula<double, false, true>(0.0f);
+  compare_kernel_with_formula<double, true, false>(0.0f);
+}
+
+TEST(AlsoStepKernel, FoundInfLeavesEverythingAsItIs) {
+  compare_kernel_with_formula<float, true, true>(1.0f);
 }
 
 }  // namespace
