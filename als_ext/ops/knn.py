@@ -18,6 +18,7 @@ from als_ext.ops._checks import (
 METRICS = ("l2", "cosine", "ip")  # position = the operator's enum
 PRECISIONS = ("fast", "exact")  # position = the operator's flag
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CUDA_MAX_K = 2048
 
 
 def knn(
@@ -48,7 +49,7 @@ def knn(
     Args:
         query: [Q, D] float32, bfloat16, float16 or float64; D >= 1.
         database: [M, D], dtype and device of ``query``.
-        k: neighbours per query, 1 <= k <= M (M - 1 with ``exclude_self``).
+        k: neighbours per query, 1 <= k <= M (M - 1 with ``exclude_self``); k <= 2048 on CUDA.
         metric: "l2" (squared Euclidean), "cosine" or "ip".
         exclude_self: row i of the query never gets row i of the database (by index, not by
             distance); needs Q = M.
@@ -95,6 +96,8 @@ def knn(
     check_int("k", k, low=1)
     if k > available:
         raise ValueError(f"k: expected at most {available}, the rows available, got {k}")
+    if k > CUDA_MAX_K and query.device.type == "cuda":
+        raise ValueError(f"k: expected at most {CUDA_MAX_K} on CUDA, got {k}")
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
     if values_readable(query):

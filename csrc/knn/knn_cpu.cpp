@@ -13,7 +13,6 @@
 #include <memory>
 #include <new>
 #include <numeric>
-#include <optional>
 
 #include "common/cpu_level.h"
 #include "common/parallel.h"
@@ -58,14 +57,6 @@ const KnnTileKernel& tile_kernel(CpuLevel level) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A power of two that brings `size` into [1/2, 1); 1 for 0.
-double unit_scale(double size) {
-  if (size == 0.0) return 1.0;
-  int exponent;
-  frexp(size, &exponent);
-  return ldexp(1.0, -exponent);
-}
 
 float round_up(double x) { return nextafterf(static_cast<float>(x), INFINITY); }
 
@@ -127,8 +118,7 @@ class Search {
         level_(cpu_level()),
         tile_(tile_kernel(level_)),
         sums_(knn_sums<Value>(level_)),
-        error_(exact ? score_error(knn_tile_chain(dim)) : KnnError{0.0, 0.0}),
-        exact_(exact) {}
+        error_(exact ? score_error(knn_tile_chain(dim)) : KnnError{0.0, 0.0}) {}
 
   void run(float* distance, int64_t* index) {
     if (queries_ <= kScanQueries) {
@@ -297,12 +287,10 @@ class Search {
         for (int64_t j = 0; j < dim_; ++j) extent[p] = std::max(extent[p], fabs(w.query[j]));
       }
     });
-    scale_ = unit_scale(*std::max_element(extent.begin(), extent.end()));
-    // Float64 data may reach where the squares of scaled values do not exist: no scores then.
-    scorable_ = scale_ > 1e-100 && scale_ < 1e100;
-    max_norm_ = scale_ * sqrt(*std::max_element(norm.begin(), norm.end()));
-    max_raw_ = scale_ * sqrt(*std::max_element(raw.begin(), raw.end()));
-    has_zeros_ = zeros;
+    const auto largest = [](const std::vector<double>& v) {
+      return *std::max_element(v.begin(), v.end());
+    };
+    frame_ = KnnFrame::of(largest(extent), sqrt(largest(norm)), sqrt(largest(raw)), zeros);
   }
 
   // ---- sizes ----
@@ -355,48 +343,39 @@ class Search {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = group * rows + i;
         float* out = packed_query_.get() + group * rows * dim_ + i;
-        const std::optional<double> norm =
-            at < count ? pack_query(first + at, at, out, w) : std::nullopt;
-        if (!norm) {
+        KnnQuery query{};  // padding: not usable
+        if (at < count) {
+          query = pack_query(first + at, out, w);
+        } else {
           for (int64_t j = 0; j < dim_; ++j) out[j * rows] = 0.0f;
         }
+        relation_[at] = query.relation;
         for (int64_t s = 0; s < segments_; ++s) {
           const int64_t slot = slot_of(at, s);
           count_[slot] = 0;
           self_[slot] = self_of(first + at);
-          lower_[slot] = norm ? -INFINITY : kNever;
-          radius_[slot] = error_.product * norm.value_or(0.0);
+          lower_[slot] = query.usable ? -INFINITY : kNever;
+          radius_[slot] = query.radius;
         }
       }
     });
   }
 
-  // Returns |q'|, or nothing where no score can serve this query: it is scanned in float64.
-  std::optional<double> pack_query(int64_t q, int64_t at, float* out, Worker& w) {
+  KnnQuery pack_query(int64_t q, float* out, Worker& w) const {
     const bool ip = metric_ == KnnMetric::kIp;
     bool zero = false;
-    double square = centred(query_, q, !ip, w.row.data(), w.query.data(), &zero);
-    double scale = scale_;
-    double alpha = metric_ == KnnMetric::kCosine ? 0.5 * square : square;
-    double beta = (metric_ == KnnMetric::kCosine ? 1.0 : 2.0) / (scale * scale);
-    if (ip) {
-      double extent = 0.0;
-      for (int64_t j = 0; j < dim_; ++j) extent = std::max(extent, fabs(w.query[j]));
-      alpha = 0.0;
-      for (int64_t j = 0; j < dim_; ++j) alpha -= w.query[j] * mean_[j];
-      if (is_finite(square)) scale = unit_scale(extent);
-      beta = 1.0 / (scale * scale_);
+    const double square = centred(query_, q, !ip, w.row.data(), w.query.data(), &zero);
+    double extent = 0.0, mean_product = 0.0;
+    for (int64_t j = 0; ip && j < dim_; ++j) {
+      extent = std::max(extent, fabs(w.query[j]));
+      mean_product += w.query[j] * mean_[j];
     }
-    const double norm = scale * sqrt(square);
-    if (zero || !scorable_ || !(norm < 1e25) || !is_finite(alpha) || !(beta > 0.0)) {
-      return std::nullopt;
-    }
+    const KnnQuery result =
+        make_query(metric_, frame_, error_, dim_, square, extent, mean_product, zero);
     for (int64_t j = 0; j < dim_; ++j) {
-      out[j * tile_.rows] = static_cast<float>(w.query[j] * scale);
+      out[j * tile_.rows] = result.usable ? static_cast<float>(w.query[j] * result.scale) : 0.0f;
     }
-    const double raw = ip ? norm * max_raw_ : has_zeros_ ? scale_ * scale_ : 0.0;
-    relation_[at] = {alpha, beta, exact_ ? score_slack(dim_, norm, max_norm_, raw) : 0.0};
-    return norm;
+    return result;
   }
 
   void pack_database(int64_t first, int64_t count) {
@@ -404,6 +383,7 @@ class Search {
     packed_panel_ = first;
     packed_count_ = count;
     const int64_t columns = tile_.columns;
+    const double scale = frame_.scale;
     parallel_tasks(count, [&](int64_t p, Worker& w) {
       double largest = 0.0;
       for (int64_t c = 0; c < columns; ++c) {
@@ -411,16 +391,15 @@ class Search {
         float* out = packed_.get() + p * dim_ * columns + c;
         bool zero = false;
         const double square =
-            row < rows_ ? scale_ * scale_ *
-                              centred(database_, row, true, w.row.data(), w.query.data(), &zero)
-                        : NAN;
-        const bool usable = is_finite(square) && scorable_;
+            row < rows_
+                ? scale * scale * centred(database_, row, true, w.row.data(), w.query.data(), &zero)
+                : NAN;
+        const bool usable = is_finite(square) && frame_.scorable;
         for (int64_t j = 0; j < dim_; ++j) {
-          out[j * columns] = usable ? static_cast<float>(w.query[j] * scale_) : 0.0f;
+          out[j * columns] = usable ? static_cast<float>(w.query[j] * scale) : 0.0f;
         }
-        // Under cosine an all-zero row is at 1, not at the 1/2 that |q - 0|^2 / 2 says.
         double h = metric_ == KnnMetric::kIp ? 0.0 : 0.5 * square;
-        if (zero) h += 0.5 * scale_ * scale_;
+        if (zero) h += frame_.zero_offset();
         half_norm_[p * columns + c] = usable ? static_cast<float>(h) : INFINITY;
         if (usable) largest = std::max(largest, square);
       }
@@ -430,7 +409,7 @@ class Search {
 
   // ---- scoring ----
 
-  double offset() const { return has_zeros_ ? 0.5 * scale_ * scale_ : 0.0; }
+  double offset() const { return frame_.has_zeros ? frame_.zero_offset() : 0.0; }
   double square_error() const { return metric_ == KnnMetric::kIp ? 0.0 : error_.square; }
 
   void score_chunk(int64_t count) {
@@ -575,11 +554,9 @@ class Search {
   KnnTileKernel tile_;
   KnnSums<Value> sums_;
   KnnError error_;
-  bool exact_;
 
   std::vector<double> mean_;
-  double scale_ = 1.0, max_norm_ = 0.0, max_raw_ = 0.0;
-  bool scorable_ = true, has_zeros_ = false;
+  KnnFrame frame_{};
 
   int64_t panels_ = 0, chunk_ = 0;       // of the database; per packed chunk
   int64_t block_ = 0, span_ = 0;         // queries per task; per round

@@ -148,4 +148,65 @@ ALS_HOST_DEVICE double score_slack(int64_t dim, double query_norm, double max_no
   return d * 4.5e-16 * size + d * 1e-37 * (1.0 + query_norm) * (1.0 + max_norm);
 }
 
+// ---- centring and scaling ----
+
+// A power of two that brings `size` into [1/2, 1); 1 for 0.
+ALS_HOST_DEVICE double unit_scale(double size) {
+  if (size == 0.0) return 1.0;
+  int exponent;
+  frexp(size, &exponent);
+  return ldexp(1.0, -exponent);
+}
+
+// What the finite rows of the database say. Norms are those of scaled rows.
+struct KnnFrame {
+  double scale;     // b
+  double max_norm;  // largest |c'|
+  double max_raw;   // largest b |y|, not centred
+  bool has_zeros;   // all-zero rows under cosine
+  bool scorable;    // false: float64 data where squares of scaled values do not exist
+
+  // From the largest |y_j - mean_j|, the largest |y - mean| and the largest |y|.
+  static ALS_HOST_DEVICE KnnFrame of(double extent, double norm, double raw, bool zeros) {
+    const double b = unit_scale(extent);
+    return {b, b * norm, b * raw, zeros, b > 1e-100 && b < 1e100};
+  }
+  // An all-zero row is at cosine distance 1, not at the 1/2 that |x|^2 / 2 says: h grows by this.
+  ALS_HOST_DEVICE double zero_offset() const { return 0.5 * scale * scale; }
+};
+
+struct KnnQuery {
+  KnnRelation relation;
+  double scale;   // a
+  double radius;  // error of a score is radius |c'| + ...
+  bool usable;    // false: no score can serve this query, every row is measured in float64
+};
+
+// The query whose row (centred; not for ip) has the given sum of squares, largest element and, for
+// ip, product with the mean. `zero`: all zero under cosine.
+ALS_HOST_DEVICE KnnQuery make_query(KnnMetric metric, const KnnFrame& frame, KnnError error,
+                                    int64_t dim, double square, double extent, double mean_product,
+                                    bool zero) {
+  KnnQuery q{};
+  const double b = frame.scale;
+  double raw = frame.has_zeros ? b * b : 0.0;
+  if (metric == KnnMetric::kIp) {
+    q.scale = is_finite(square) ? unit_scale(extent) : 1.0;
+    q.relation.alpha = -mean_product;
+    q.relation.beta = 1.0 / (q.scale * b);
+    raw = q.scale * sqrt(square) * frame.max_raw;
+  } else {
+    const double half = metric == KnnMetric::kCosine ? 0.5 : 1.0;
+    q.scale = b;
+    q.relation.alpha = half * square;
+    q.relation.beta = 2.0 * half / (b * b);
+  }
+  const double norm = q.scale * sqrt(square);
+  q.usable = !zero && frame.scorable && norm < 1e25 && is_finite(q.relation.alpha) &&
+             q.relation.beta > 0.0;
+  q.radius = q.usable ? error.product * norm : 0.0;
+  q.relation.slack = score_slack(dim, norm, frame.max_norm, raw);
+  return q;
+}
+
 }  // namespace als

@@ -1,0 +1,149 @@
+#include <algorithm>
+
+#include "common/cuda.h"
+#include "knn/knn.h"
+#include "knn/knn_kernels.cuh"
+
+namespace als {
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{64} << 20;  // packed database tiles
+constexpr int64_t kSpanBytes = int64_t{128} << 20;  // packed queries and their group maxima
+constexpr int64_t kSumBytes = int64_t{16} << 20;    // column sums of the parts
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
+
+// Device memory of the search; freed to the stream-ordered allocator at the end of the call.
+template <typename V>
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t size)
+      : tensor_(empty_on(like, {size * static_cast<int64_t>(sizeof(V))}, ScalarType::Byte)) {}
+  V* get() const { return reinterpret_cast<V*>(tensor_.mutable_data_ptr<uint8_t>()); }
+
+ private:
+  Tensor tensor_;
+};
+
+template <typename T>
+void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric metric,
+            bool exclude_self, bool exact, const KnnOutputs& outputs, cudaStream_t stream) {
+  const int64_t dim = query.size(1);
+  const KnnRows<T> x{static_cast<const T*>(query.const_data_ptr()), query.size(0), dim, metric};
+  const KnnRows<T> y{static_cast<const T*>(database.const_data_ptr()), database.size(0), dim,
+                     metric};
+  const KnnError error = exact ? score_error(dim) : KnnError{0.0, 0.0};
+
+  // Mean and extent of the database.
+  const int64_t most_parts = std::clamp<int64_t>(kSumBytes / (8 * dim), 1, 1024);
+  const int64_t part = ceil_div(y.rows, std::min(most_parts, ceil_div(y.rows, kKnnThreads)));
+  const int64_t parts = ceil_div(y.rows, part);
+  const Workspace<double> sums(query, parts * dim);
+  const Workspace<double> mean(query, dim);
+  const Workspace<KnnExtent> extent(query, 1);
+  STD_CUDA_CHECK(cudaMemsetAsync(extent.get(), 0, sizeof(KnnExtent), stream));
+  knn_column_sums<<<grid(parts), kKnnThreads, 0, stream>>>(y, part, sums.get(), extent.get());
+  ALS_LAUNCH_CHECK();
+  knn_mean<<<grid(ceil_div(dim, kKnnThreads)), kKnnThreads, 0, stream>>>(sums.get(), parts, dim,
+                                                                         extent.get(), mean.get());
+  ALS_LAUNCH_CHECK();
+  const int64_t extent_blocks = std::min<int64_t>(ceil_div(y.rows, kKnnSubgroups), 2048);
+  knn_extent<<<grid(extent_blocks), kKnnThreads, 0, stream>>>(y, mean.get(), extent.get());
+  ALS_LAUNCH_CHECK();
+
+  // Sizes: `chunk` database tiles are packed at a time, `span` queries served at a time.
+  const int64_t depth = ceil_div(dim, kKnnSlab) * kKnnSlab;
+  const int64_t tile_bytes = kKnnTile * depth * static_cast<int64_t>(sizeof(float));
+  const int64_t tiles = ceil_div(y.rows, kKnnTile);
+  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / tile_bytes, 1, tiles);
+  const int64_t groups = tiles * kKnnTileGroups;
+  const int64_t query_bytes = 4 * groups + 4 * depth + static_cast<int64_t>(sizeof(KnnQuery));
+  int64_t span = std::clamp<int64_t>(kSpanBytes / query_bytes, 1, x.rows);
+  if (span > kKnnTile) span = span / kKnnTile * kKnnTile;
+  const int64_t query_tiles = ceil_div(span, kKnnTile);
+  const Workspace<float> packed_query(query, query_tiles * kKnnTile * depth);
+  const Workspace<KnnQuery> queries(query, span);
+  const Workspace<float> group_max(query, span * groups);
+  const Workspace<float> packed(query, chunk * kKnnTile * depth);
+  const Workspace<float> half_norm(query, chunk * kKnnTile);
+  const Workspace<float> group_norm(query, groups);
+
+  int capacity = 256;
+  while (capacity < 2 * k) capacity *= 2;
+  const int shared = capacity * static_cast<int>(sizeof(int64_t) + sizeof(uint32_t));
+  if (shared > 40 * 1024) {  // beyond the default limit, less the static part
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(knn_select<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  }
+
+  for (int64_t first = 0; first < x.rows; first += span) {
+    const int64_t count = std::min(span, x.rows - first);
+    const int64_t count_tiles = ceil_div(count, kKnnTile);
+    knn_pack_queries<<<grid(count_tiles), kKnnThreads, 0, stream>>>(
+        x, first, count, depth, mean.get(), extent.get(), error, packed_query.get(), queries.get());
+    ALS_LAUNCH_CHECK();
+    for (int64_t tile = 0; tile < tiles; tile += chunk) {
+      const int64_t here = std::min(chunk, tiles - tile);
+      if (first == 0 || chunk < tiles) {
+        knn_pack_database<<<grid(here), kKnnThreads, 0, stream>>>(
+            y, tile * kKnnTile, depth, mean.get(), extent.get(), packed.get(), half_norm.get(),
+            group_norm.get() + tile * kKnnTileGroups);
+        ALS_LAUNCH_CHECK();
+      }
+      const KnnScoreParams score{packed_query.get(),    packed.get(), half_norm.get(),
+                                 group_max.get(),       count,        groups,
+                                 tile * kKnnTileGroups, depth};
+      knn_score<<<dim3(grid(here), grid(count_tiles)), kKnnThreads, 0, stream>>>(score);
+      ALS_LAUNCH_CHECK();
+    }
+    const KnnSelectParams<T> select{x,
+                                    y,
+                                    first,
+                                    groups,
+                                    k,
+                                    exclude_self,
+                                    capacity,
+                                    group_max.get(),
+                                    group_norm.get(),
+                                    queries.get(),
+                                    extent.get(),
+                                    metric == KnnMetric::kIp ? 0.0 : error.square,
+                                    std::get<0>(outputs).mutable_data_ptr<float>(),
+                                    std::get<1>(outputs).mutable_data_ptr<int64_t>()};
+    knn_select<<<grid(count), kKnnThreads, shared, stream>>>(select);
+    ALS_LAUNCH_CHECK();
+  }
+}
+
+KnnOutputs knn_cuda(const Tensor& query, const Tensor& database, int64_t k, int64_t metric,
+                    bool exclude_self, bool exact) {
+  check_knn(query, database, k, metric, exclude_self);
+  ALS_CHECK(k <= kKnnMaxK, "k: expected at most ", kKnnMaxK, " on CUDA, got ", k);
+  KnnOutputs outputs = empty_knn_outputs(query, k);
+  if (query.size(0) == 0) return outputs;
+  const CudaScope scope(query);
+  const Tensor x = torch::stable::contiguous(query);
+  const Tensor y = torch::stable::contiguous(database);
+  const auto kind = static_cast<KnnMetric>(metric);
+  switch (query.scalar_type()) {
+    case ScalarType::Double:
+      search<double>(x, y, k, kind, exclude_self, exact, outputs, scope.stream());
+      break;
+    case ScalarType::BFloat16:
+      search<__nv_bfloat16>(x, y, k, kind, exclude_self, exact, outputs, scope.stream());
+      break;
+    case ScalarType::Half:
+      search<__half>(x, y, k, kind, exclude_self, exact, outputs, scope.stream());
+      break;
+    default:
+      search<float>(x, y, k, kind, exclude_self, exact, outputs, scope.stream());
+  }
+  return outputs;
+}
+
+}  // namespace
+}  // namespace als
+
+STABLE_TORCH_LIBRARY_IMPL(als_ext, CUDA, m) { m.impl("knn", TORCH_BOX(&als::knn_cuda)); }
