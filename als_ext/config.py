@@ -93,7 +93,7 @@ class TrainConfig:
         """
         if n >= _LARGE:
             return cls(**settings)
-        return cls(**{"epochs": 40, "batch_size": 32, "warmup": 5, "period": 5, **settings})
+        return cls(**{"epochs": 20, "batch_size": 32, "warmup": 4, "period": 4, **settings})
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0: a function, so there is no state to save."""
