@@ -15,10 +15,10 @@ constexpr int64_t kGrainElements = 16384;  // a thread's least share: about 10 u
 
 template <typename scalar_t, typename grad_t>
 void run_loss_job(const LossJob<scalar_t, grad_t>& job) {
-  static const Isa isa = best_isa();
+  const CpuLevel level = cpu_level();
   const int64_t grain = std::max<int64_t>(1, kGrainElements / job.classes);
   parallel_for(job.rows, grain,
-               [&](int64_t begin, int64_t end) { loss_rows(job, begin, end, isa); });
+               [&](int64_t begin, int64_t end) { loss_rows(job, begin, end, level); });
 }
 
 template void run_loss_job(const LossJob<float, float>&);

@@ -22,6 +22,11 @@ inline ScalarType accumulation_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The tensor itself where it is contiguous: a call of the dispatcher less.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // The checks that protect memory (inline: _C and _cuda are two libraries), and the layouts that the
 // kernels read: rows of unit stride, a row stride of any size. An expanded row is not copied.
 inline void check_loss_arguments(LossArguments& a) {
@@ -46,33 +51,22 @@ inline void check_loss_arguments(LossArguments& a) {
     check_dtype(*a.class_weight, accumulation, "class_weight");
     check_size(*a.class_weight, 0, a.logits.size(1), "class_weight");
     check_same_device(*a.class_weight, a.logits, "class_weight");
-    a.class_weight = torch::stable::contiguous(*a.class_weight);
+    a.class_weight = as_contiguous(*a.class_weight);
   }
-  a.target = torch::stable::contiguous(a.target);
+  a.target = as_contiguous(a.target);
   if (a.logits.size(1) > 1 && a.logits.stride(1) != 1)
     a.logits = torch::stable::contiguous(a.logits);
 }
 
-// Names the first class outside [0, C). CPU only: on CUDA looking would wait for the device, and
-// the row gets loss NaN.
-inline void check_classes(const LossArguments& a) {
-  if (a.target.scalar_type() != ScalarType::Long) return;
-  const int64_t* index = a.target.const_data_ptr<int64_t>();
-  const int64_t classes = a.logits.size(1);
-  for (int64_t i = 0; i < a.target.size(0); ++i) {
-    ALS_CHECK(fate_of(index[i], classes, a.ignore_index) != RowFate::kInvalid,
-              "target: expected values in [0, ", classes, ") or ignore_index=", a.ignore_index,
-              ", got ", index[i], " at position ", i);
-  }
-}
-
-// A tensor [B] (or [B, 3]) of the accumulation dtype, such as weights, gradients or the state.
-inline Tensor check_row_values(const Tensor& values, const LossArguments& a, const char* name) {
+// Row weights, gradients [B] or the state [B, 3], in the accumulation dtype.
+inline Tensor check_row_values(const Tensor& values, const LossArguments& a,
+                               std::vector<int64_t> row_sizes, const char* name) {
   check_dtype(values, accumulation_dtype(a.logits), name);
-  ALS_CHECK(values.dim() >= 1, name, ": expected at least one dimension");
+  check_dim(values, 1 + static_cast<int64_t>(row_sizes.size()), name);
   check_size(values, 0, a.logits.size(0), name);
+  for (size_t i = 0; i < row_sizes.size(); ++i) check_size(values, i + 1, row_sizes[i], name);
   check_same_device(values, a.logits, name);
-  return torch::stable::contiguous(values);
+  return as_contiguous(values);
 }
 
 // Whether sample_loss has a state to keep for its backward: [B, 3] max, rest, extra of RowSums.
@@ -121,6 +115,57 @@ void dispatch_logits(const Tensor& logits, const Body& body) {
       ALS_CHECK(false, "logits: expected dtype float32, float64, bfloat16 or float16, got ",
                 torch::headeronly::toString(logits.scalar_type()));
   }
+}
+
+// The two operators, for a Device with the types BFloat16 and Half, a constructor from arguments
+// that have passed the checks (device guard, further checks), and run(job).
+template <class Device>
+std::tuple<Tensor, Tensor> sample_loss(const Tensor& logits, const Tensor& target,
+                                       const std::optional<Tensor>& class_weight, int64_t loss,
+                                       std::vector<double> parameters, double label_smoothing,
+                                       int64_t ignore_index) {
+  LossArguments a{logits,          target,      class_weight, loss, std::move(parameters),
+                  label_smoothing, ignore_index};
+  check_loss_arguments(a);
+  const Device device(a);
+  const int64_t rows = a.logits.size(0);
+  const ScalarType dtype = accumulation_dtype(a.logits);
+  const Tensor losses = empty_on(a.logits, {rows}, dtype);
+  const Tensor state = empty_on(a.logits, {has_state(a) ? rows : 0, 3}, dtype);
+  dispatch_logits<typename Device::BFloat16, typename Device::Half>(a.logits, [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    using T = accumulate_t<scalar_t>;
+    auto job = loss_job<scalar_t>(a);
+    job.losses = losses.mutable_data_ptr<T>();
+    if (has_state(a)) job.state_out = state.mutable_data_ptr<T>();
+    device.run(job);
+  });
+  return {losses, state};
+}
+
+template <class Device>
+Tensor sample_loss_backward(const Tensor& grad_losses, const Tensor& logits, const Tensor& target,
+                            const std::optional<Tensor>& class_weight, const Tensor& state,
+                            int64_t loss, std::vector<double> parameters, double label_smoothing,
+                            int64_t ignore_index) {
+  LossArguments a{logits,          target,      class_weight, loss, std::move(parameters),
+                  label_smoothing, ignore_index};
+  check_loss_arguments(a);
+  const Device device(a);
+  const Tensor scale = check_row_values(grad_losses, a, {}, "grad_losses");
+  const Tensor sums = has_state(a) ? check_row_values(state, a, {3}, "state") : state;
+  const Tensor grad =
+      empty_on(a.logits, {a.logits.size(0), a.logits.size(1)}, a.logits.scalar_type());
+  dispatch_logits<typename Device::BFloat16, typename Device::Half>(a.logits, [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    using T = accumulate_t<scalar_t>;
+    auto job = loss_job<scalar_t>(a);
+    job.scale = scale.const_data_ptr<T>();
+    if (has_state(a)) job.state_in = sums.const_data_ptr<T>();
+    job.grad = static_cast<scalar_t*>(grad.mutable_data_ptr());
+    device.run(job);
+  });
+  return grad;
 }
 
 }  // namespace als

@@ -168,7 +168,7 @@ TEST(LossRows, DerivativeIsThatOfTheValue) {
   for (const Case& c : kCases) {
     Batch<double> batch(5, 7);
     const auto job = job_of(batch, c);
-    loss_rows(job, 0, batch.rows, Isa::kBaseline);
+    loss_rows(job, 0, batch.rows, CpuLevel::kBaseline);
     const auto grad = batch.grad;
     for (int64_t i = 0; i < batch.rows * batch.classes; ++i) {
       constexpr double kStep = 1e-6;
@@ -177,7 +177,7 @@ TEST(LossRows, DerivativeIsThatOfTheValue) {
       double value[2];
       for (int side = 0; side < 2; ++side) {
         batch.logits[i] = z + (side ? kStep : -kStep);
-        loss_rows(job, r, r + 1, Isa::kBaseline);
+        loss_rows(job, r, r + 1, CpuLevel::kBaseline);
         value[side] = batch.losses[r];
       }
       batch.logits[i] = z;
@@ -191,11 +191,11 @@ TEST(LossRows, EveryInstructionSetAgrees) {
   for (const Case& c : kCases) {
     for (const int64_t classes : {1, 10, 63, 64, 65, 1000}) {
       Batch<float> want(33, classes);
-      loss_rows(job_of(want, c), 0, want.rows, Isa::kBaseline);
-      for (Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
-        if (isa > best_isa()) continue;
+      loss_rows(job_of(want, c), 0, want.rows, CpuLevel::kBaseline);
+      for (CpuLevel level : {CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+        if (level > cpu_level()) continue;
         Batch<float> got(33, classes);
-        loss_rows(job_of(got, c), 0, got.rows, isa);
+        loss_rows(job_of(got, c), 0, got.rows, level);
         for (int64_t r = 0; r < got.rows; ++r) {
           EXPECT_NEAR(got.losses[r], want.losses[r], 2e-6f * (1 + std::abs(want.losses[r])));
         }
@@ -212,10 +212,10 @@ TEST(LossRows, BFloat16IsRoundedOnceOnEveryInstructionSet) {
     Batch<BFloat16> half(9, 70);
     Batch<float> full(9, 70);
     for (size_t i = 0; i < full.logits.size(); ++i) full.logits[i] = half.logits[i];
-    for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-      if (isa > best_isa()) continue;
-      loss_rows(job_of(half, c), 0, half.rows, isa);
-      loss_rows(job_of(full, c), 0, full.rows, isa);
+    for (CpuLevel level : {CpuLevel::kBaseline, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+      if (level > cpu_level()) continue;
+      loss_rows(job_of(half, c), 0, half.rows, level);
+      loss_rows(job_of(full, c), 0, full.rows, level);
       EXPECT_EQ(half.losses, full.losses) << c.name;
       for (size_t i = 0; i < full.grad.size(); ++i) {
         const float got = half.grad[i], want = full.grad[i];
@@ -228,14 +228,14 @@ TEST(LossRows, BFloat16IsRoundedOnceOnEveryInstructionSet) {
 TEST(LossRows, BackwardFromTheStateGivesTheSameBits) {
   for (const Case& c : kCases) {
     Batch<float> once(20, 45), twice(20, 45);
-    loss_rows(job_of(once, c), 0, once.rows, best_isa());
+    loss_rows(job_of(once, c), 0, once.rows, cpu_level());
     auto forward = job_of(twice, c);
     forward.grad = nullptr;
-    loss_rows(forward, 0, twice.rows, best_isa());
+    loss_rows(forward, 0, twice.rows, cpu_level());
     auto backward = job_of(twice, c);
     backward.losses = backward.state_out = nullptr;
     backward.state_in = twice.state.data();
-    loss_rows(backward, 0, twice.rows, best_isa());
+    loss_rows(backward, 0, twice.rows, cpu_level());
     EXPECT_EQ(once.grad, twice.grad) << c.name;
   }
 }
@@ -251,7 +251,7 @@ TEST(Fate, AClassOutOfRangeIsNeverUsed) {
 
   Batch<float> batch(3, 5);
   batch.index = {int64_t{1} << 40, -100, 2};
-  loss_rows(job_of(batch, kCases[0]), 0, 3, best_isa());
+  loss_rows(job_of(batch, kCases[0]), 0, 3, cpu_level());
   EXPECT_TRUE(std::isnan(batch.losses[0]));
   EXPECT_TRUE(std::isnan(batch.grad[0]));
   EXPECT_EQ(batch.losses[1], 0.0f);
