@@ -7,3 +7,11 @@
 #else
 #define ALS_HOST_DEVICE inline __attribute__((always_inline))
 #endif
+
+// For kernels, which the C++ tests also run on the CPU, with dynamic shared memory of their own.
+#ifdef __CUDACC__
+#define ALS_UNROLL _Pragma("unroll")
+#define ALS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]  // bytes
+#else
+#define ALS_UNROLL
+#endif

@@ -1,8 +1,10 @@
 // Device code of sample_loss, its backward and weighted_loss. Torch-free.
 #pragma once
 
+#ifdef __CUDACC__  // the tests run this file on the CPU, without 16-bit types
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 #include <cstdint>
 
@@ -17,12 +19,14 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 
 __device__ inline float to_real(float x) { return x; }
 __device__ inline double to_real(double x) { return x; }
-__device__ inline float to_real(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_real(__half x) { return __half2float(x); }
 __device__ inline void store(float* out, float x) { *out = x; }
 __device__ inline void store(double* out, double x) { *out = x; }
+#ifdef __CUDACC__
+__device__ inline float to_real(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_real(__half x) { return __half2float(x); }
 __device__ inline void store(__nv_bfloat16* out, float x) { *out = __float2bfloat16_rn(x); }
 __device__ inline void store(__half* out, float x) { *out = __float2half_rn(x); }
+#endif
 
 // kSize neighbouring elements, moved in transactions of up to 16 bytes.
 template <typename scalar_t, int kSize>
@@ -175,14 +179,14 @@ __global__ void __launch_bounds__(kRegisterThreads)
     const int64_t r = live ? own : job.rows - 1;  // the surplus repeats a row: shuffles need it
     const scalar_t* logits = job.row(r);
     T d[kElements], e[kElements];
-#pragma unroll
+    ALS_UNROLL
     for (int i = 0; i < kElements; i += kVec) {
       if (class_of(i) < classes) {  // kVec divides classes: the pack lies inside the row
         const auto pack = load_pack<kVec>(logits + class_of(i));
-#pragma unroll
+        ALS_UNROLL
         for (int j = 0; j < kVec; ++j) d[i + j] = to_real(pack.value[j]);
       } else {
-#pragma unroll
+        ALS_UNROLL
         for (int j = 0; j < kVec; ++j) d[i + j] = -INFINITY;
       }
     }
@@ -195,30 +199,30 @@ __global__ void __launch_bounds__(kRegisterThreads)
       sums.extra = job.state_in[3 * r + 2];
     } else {
       T max = -INFINITY;
-#pragma unroll
+      ALS_UNROLL
       for (int i = 0; i < kElements; ++i) max = d[i] > max ? d[i] : max;
       sums.max = group_max(max, lanes);
     }
-#pragma unroll
+    ALS_UNROLL
     for (int i = 0; i < kElements; ++i) {
       d[i] -= sums.max;
       e[i] = exp_of_nonpositive(d[i]);
     }
     int top = classes;
     if (!job.state_in) {
-#pragma unroll
+      ALS_UNROLL
       for (int i = 0; i < kElements; ++i) sums.rest += class_of(i) == target.y ? T(0) : e[i];
       sums.rest = group_sum(sums.rest, lanes);
     }
     if constexpr (kGeneral) {
       const SideTarget side = job.spec.side();
       if (side == SideTarget::kArgmax) {
-#pragma unroll
+        ALS_UNROLL
         for (int i = kElements - 1; i >= 0; --i) top = d[i] == 0 ? class_of(i) : top;
         top = group_min(top, lanes);
       } else if (!job.state_in) {
         const SideWeights<T> q = side_weights(job, r);
-#pragma unroll
+        ALS_UNROLL
         for (int i = 0; i < kElements; ++i) {
           if (class_of(i) >= classes) continue;
           if (side == SideTarget::kNone) {
@@ -236,11 +240,11 @@ __global__ void __launch_bounds__(kRegisterThreads)
         finish_device_row<kGeneral>(job, r, target, sums, top, live && lane == 0);
     if (!live || !job.grad) continue;  // no shuffle until the next row of all
     grad_t* out = job.grad + r * job.classes;
-#pragma unroll
+    ALS_UNROLL
     for (int i = 0; i < kElements; i += kVec) {
       if (class_of(i) >= classes) continue;
       Pack<grad_t, kVec> pack;
-#pragma unroll
+      ALS_UNROLL
       for (int j = 0; j < kVec; ++j) {
         store(&pack.value[j], row.template gradient<kGeneral>(class_of(i + j), e[i + j], d[i + j]));
       }
@@ -305,7 +309,7 @@ template <int kVec, bool kGeneral, typename scalar_t, typename grad_t>
 __global__ void __launch_bounds__(kBlockThreads)
     loss_rows_by_block(LossJob<scalar_t, grad_t> job, bool cached) {
   using T = accumulate_t<scalar_t>;
-  extern __shared__ __align__(16) unsigned char loss_shared[];
+  ALS_DYNAMIC_SHARED(loss_shared);
   auto* cache = reinterpret_cast<scalar_t*>(loss_shared);  // [C] if cached
   __shared__ unsigned long long shared_top;
   const int64_t begin = static_cast<int64_t>(threadIdx.x) * kVec;
@@ -330,7 +334,7 @@ __global__ void __launch_bounds__(kBlockThreads)
       for (int64_t c = begin; c < job.classes; c += kStep) {
         const auto pack = load_pack<kVec>(logits + c);
         if (cached) *reinterpret_cast<Pack<scalar_t, kVec>*>(cache + c) = pack;
-#pragma unroll
+        ALS_UNROLL
         for (int j = 0; j < kVec; ++j) {
           own.add(to_real(pack.value[j]), c + j == target.y, has_q ? q(c + j) : T(0));
         }
@@ -347,7 +351,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (side == SideTarget::kArgmax) {
       for (int64_t c = begin; c < job.classes; c += kStep) {
         const auto pack = load_pack<kVec>(again + c);
-#pragma unroll
+        ALS_UNROLL
         for (int j = kVec - 1; j >= 0; --j) {
           if (to_real(pack.value[j]) == sums.max) {
             atomicMin(&shared_top, static_cast<unsigned long long>(c + j));
@@ -363,7 +367,7 @@ __global__ void __launch_bounds__(kBlockThreads)
       for (int64_t c = begin; c < job.classes; c += kStep) {
         const auto pack = load_pack<kVec>(again + c);
         Pack<grad_t, kVec> result;
-#pragma unroll
+        ALS_UNROLL
         for (int j = 0; j < kVec; ++j) {
           const T d = to_real(pack.value[j]) - sums.max;
           store(&result.value[j], row.template gradient<kGeneral>(c + j, exp_of_nonpositive(d), d));

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kTotalThreads) weighted_total(const T* weight,
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
-    for (int step = kTotalThreads / 2; step > 0; step /= 2) {
+    for (unsigned step = kTotalThreads / 2; step > 0; step /= 2) {
       if (threadIdx.x < step) sums[threadIdx.x] += sums[threadIdx.x + step];
       __syncthreads();
     }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -20,6 +21,8 @@
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+// What a kernel launched with dynamic shared memory gets: 64 KiB.
+#define ALS_DYNAMIC_SHARED(name) alignas(16) static unsigned char name[1 << 16]
 
 namespace emulated {
 
@@ -55,18 +58,38 @@ using std::min;
 
 inline void __syncthreads() { emulated::block->wait(); }
 
-inline double __shfl_xor_sync(unsigned, double value, int mask) {
-  emulated::Warp& warp = *emulated::warps[threadIdx.x / 32];
-  const unsigned lane = threadIdx.x % 32;
-  warp.slots[lane] = value;
+namespace emulated {
+template <typename T>
+T shuffle(T value, unsigned from) {
+  Warp& warp = *warps[threadIdx.x / 32];
+  std::memcpy(&warp.slots[threadIdx.x % 32], &value, sizeof value);
   warp.barrier.wait();
-  const double other = warp.slots[lane ^ mask];
+  T other;
+  std::memcpy(&other, &warp.slots[from], sizeof other);
   warp.barrier.wait();
   return other;
+}
+}  // namespace emulated
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulated::shuffle(value, threadIdx.x % 32 ^ mask);
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulated::shuffle(value, lane);
 }
 
 inline void atomicAdd(unsigned long long* address, unsigned long long value) {
   __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+inline void atomicMin(unsigned long long* address, unsigned long long value) {
+  unsigned long long old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (value < old && !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_RELAXED,
+                                                     __ATOMIC_RELAXED)) {
+  }
 }
 
 namespace emulated {

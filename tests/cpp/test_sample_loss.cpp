@@ -19,6 +19,10 @@ struct BFloat16 {  // what loss_rows_isa.h asks of its includer
 }  // namespace als
 
 #include "sample_loss/loss_rows_isa.h"
+// clang-format off: the emulation comes before the kernels
+#include "emulate_cuda.h"
+#include "sample_loss/sample_loss_kernels.cuh"
+// clang-format on
 
 namespace {
 
@@ -257,6 +261,95 @@ TEST(Fate, AClassOutOfRangeIsNeverUsed) {
   EXPECT_EQ(batch.losses[1], 0.0f);
   EXPECT_EQ(batch.grad[5], 0.0f);
   EXPECT_TRUE(std::isfinite(batch.losses[2]));
+}
+
+// Device code, emulated
+
+// Losses and gradients of `run(job)` against those of the CPU rows; then the gradient once more
+// from the state. Rows 1 to 3 are ignored, out of range and of -inf alone.
+template <class Run>
+void expect_same_as_cpu(const Case& c, int64_t rows, int64_t classes, const Run& run) {
+  Batch<float> want(rows, classes);
+  if (rows > 3) {
+    want.index[1] = -100;
+    want.index[2] = int64_t{1} << 40;
+    std::fill_n(want.logits.begin() + 3 * classes, classes, -INFINITY);
+  }
+  Batch<float> got = want;
+  loss_rows(job_of(want, c), 0, rows, CpuLevel::kBaseline);
+  auto job = job_of(got, c);
+  run(job);
+  for (int64_t r = 0; r < rows; ++r) {
+    EXPECT_EQ(std::isnan(got.losses[r]), std::isnan(want.losses[r])) << c.name << " row " << r;
+    if (std::isnan(want.losses[r])) continue;
+    EXPECT_NEAR(got.losses[r], want.losses[r], 3e-6f * (1 + std::abs(want.losses[r]))) << c.name;
+    for (int64_t i = r * classes; i < (r + 1) * classes; ++i) {
+      EXPECT_NEAR(got.grad[i], want.grad[i], 2e-6f * (1 + std::abs(want.grad[i])))
+          << c.name << " row " << r << " class " << i % classes;
+    }
+  }
+  const std::vector<float> once = got.grad;
+  job.losses = job.state_out = nullptr;
+  job.state_in = got.state.data();
+  run(job);
+  EXPECT_EQ(std::memcmp(once.data(), got.grad.data(), once.size() * sizeof(float)), 0) << c.name;
+}
+
+bool is_general(const LossJob<float>& job) {
+  return job.spec.side() != SideTarget::kNone || job.spec.needs_entropy();
+}
+
+template <int kVec, int kElements>
+void run_in_registers(const LossJob<float>& job) {
+  int lanes = 1;
+  while (lanes * kElements < job.classes) lanes *= 2;
+  emulated::launch(1, kRegisterThreads, [&] {
+    if (is_general(job)) {
+      loss_rows_in_registers<kVec, kElements, true>(job, lanes);
+    } else {
+      loss_rows_in_registers<kVec, kElements, false>(job, lanes);
+    }
+  });
+}
+
+template <int kVec>
+void run_by_block(const LossJob<float>& job, bool cached) {
+  emulated::launch(1, kBlockThreads, [&] {
+    if (is_general(job)) {
+      loss_rows_by_block<kVec, true>(job, cached);
+    } else {
+      loss_rows_by_block<kVec, false>(job, cached);
+    }
+  });
+}
+
+TEST(EmulatedDevice, RowsInRegisters) {
+  for (const Case& c : kCases) {
+    expect_same_as_cpu(c, 70, 10, run_in_registers<1, 8>);  // 2 lanes a row, more than one pass
+    expect_same_as_cpu(c, 5, 60, run_in_registers<4, 8>);
+    expect_same_as_cpu(c, 5, 1000, run_in_registers<4, 32>);
+  }
+  expect_same_as_cpu(kCases[0], 1, 1, run_in_registers<1, 8>);
+  expect_same_as_cpu(kCases[0], 5, 257, run_in_registers<1, 32>);
+}
+
+TEST(EmulatedDevice, RowsByBlock) {
+  for (const Case& c : kCases) {
+    if (c.kind == LossKind::kGce || c.kind == LossKind::kSce || c.kind == LossKind::kMae) continue;
+    expect_same_as_cpu(c, 1, 2500, [](const auto& job) { run_by_block<4>(job, true); });
+  }
+  expect_same_as_cpu(kCases[0], 4, 1025, [](const auto& job) { run_by_block<1>(job, false); });
+}
+
+TEST(EmulatedDevice, SquaredError) {
+  const Case squared{"squared_error", LossKind::kSquaredError, {}, 0, true};
+  Batch<float> want(9, 50), got(9, 50);
+  auto job = job_of(want, squared);
+  loss_rows(job, 0, 9, CpuLevel::kBaseline);
+  job = job_of(got, squared);
+  emulated::launch(2, kRegisterThreads, [&] { squared_error_rows(job, 32); });
+  for (int r = 0; r < 9; ++r) EXPECT_FLOAT_EQ(got.losses[r], want.losses[r]);
+  for (size_t i = 0; i < got.grad.size(); ++i) EXPECT_FLOAT_EQ(got.grad[i], want.grad[i]);
 }
 
 // Online sums

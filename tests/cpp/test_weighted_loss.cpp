@@ -3,6 +3,10 @@
 #include <vector>
 
 #include "weighted_loss/weighted_loss_math.h"
+// clang-format off: the emulation comes before the kernels
+#include "emulate_cuda.h"
+#include "weighted_loss/weighted_loss_kernels.cuh"
+// clang-format on
 
 namespace {
 
@@ -31,6 +35,21 @@ TEST(WeightedTotal, EveryLengthCountsEveryRow) {
     total.add_all(weight.data(), loss.data(), n);
     EXPECT_EQ(total.sum(), want);
   }
+}
+
+TEST(EmulatedDevice, ATotalForEveryGroupOfRows) {
+  constexpr int kTotals = 3, kRows = 1111;
+  std::vector<float> weight(kTotals * kRows), loss(kTotals * kRows), total(kTotals);
+  double want[kTotals] = {};
+  for (int i = 0; i < kTotals * kRows; ++i) {
+    weight[i] = static_cast<float>(i % 7);
+    loss[i] = 0.25f * static_cast<float>(i);
+    want[i / kRows] += weight[i] * loss[i];
+  }
+  emulated::launch(2, als::kTotalThreads, [&] {
+    als::weighted_total(weight.data(), loss.data(), total.data(), int64_t{kTotals}, int64_t{kRows});
+  });
+  for (int i = 0; i < kTotals; ++i) EXPECT_EQ(total[i], static_cast<float>(want[i]));
 }
 
 }  // namespace
