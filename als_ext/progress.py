@@ -20,20 +20,22 @@ class ProgressBar:
 
     def __init__(self, title: str, total: int, enabled: bool | None = None) -> None:
         self._title = title
-        shown = sys.stderr.isatty() if enabled is None else enabled
+        self._bar: Progress | None = None
+        if not (sys.stderr.isatty() if enabled is None else enabled):
+            return  # a disabled bar of rich prints an empty line all the same in some versions
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=not shown,
             transient=True,
         )
         self._task = self._bar.add_task(title, total=total)
 
     def __enter__(self) -> ProgressBar:
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(
@@ -42,12 +44,15 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
     def step_to(self, done: int) -> None:
         """Show ``done`` finished steps."""
-        self._bar.update(self._task, completed=done)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
 
     def note(self, text: str) -> None:
         """Show a text beside the title."""
-        self._bar.update(self._task, description=f"{self._title} {text}")
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{self._title} {text}")

@@ -157,7 +157,7 @@ def run(
     if out is not None and not resume:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / SETTINGS_FILE, {"version": __version__, "settings": settings})
-    result = _describe(settings, data, next(iter(trainers.values())).config)
+    result = _describe(settings, data, next(iter(trainers.values())))
     try:
         for name, trainer in trainers.items():
             done = trainer.fit(
@@ -234,16 +234,17 @@ def _trainer(
     )
 
 
-def _describe(settings: dict[str, Any], data: RunData, config: TrainConfig) -> dict[str, Any]:
+def _describe(settings: dict[str, Any], data: RunData, trainer: Trainer) -> dict[str, Any]:
     return {
         "version": __version__,
         "dataset": settings["dataset"],
         "samples": len(data.given_labels),
         "noise": data.noise,
         "noise_rate": data.noise_rate,
-        "epochs": config.epochs,
-        "seed": config.seed,
-        "device": config.device,
+        "model": type(trainer.model).__name__,
+        "epochs": trainer.config.epochs,
+        "seed": trainer.config.seed,
+        "device": str(trainer.device),
         "threads": torch.get_num_threads(),
     }
 
