@@ -16,6 +16,7 @@ from als_ext.runtime import AMP_MODES
 RESUME_MAY_CHANGE = frozenset({"checkpoint_seconds", "checkpoint_steps", "num_workers"})
 
 _LARGE = 10_000
+_SMALL_RECIPE: dict[str, Any] = {"epochs": 20, "batch_size": 32, "warmup": 4, "period": 4}
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,14 @@ class TrainConfig:
     def recommended(cls, n: int, **settings: Any) -> TrainConfig:
         """The recipe for n training samples, with ``settings`` over it.
 
-        From 10,000 samples on it is that of MNIST; below, epochs are short, so there are more.
+        From 10,000 samples on it is that of MNIST; below, epochs are short, so there are more. In a
+        run of few epochs the warm-up takes at most half of them.
         """
-        if n >= _LARGE:
-            return cls(**settings)
-        return cls(**{"epochs": 20, "batch_size": 32, "warmup": 4, "period": 4, **settings})
+        recipe = {} if n >= _LARGE else _SMALL_RECIPE
+        full = cls(**{**recipe, **settings})
+        if "warmup" in settings or full.warmup <= full.epochs // 2:
+            return full
+        return dataclasses.replace(full, warmup=max(1, full.epochs // 2))
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0: a function, so there is no state to save."""

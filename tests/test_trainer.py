@@ -254,6 +254,16 @@ def test_learning_rate_is_constant_in_the_warmup_then_a_half_cosine():
     assert {config(lr_schedule="constant").lr_at(step, 10) for step in range(60)} == {5e-3}
 
 
+def test_the_recipe_goes_by_size_and_shortens_its_warmup():
+    large, small = TrainConfig.recommended(60_000), TrainConfig.recommended(1_438)
+    assert (large.epochs, large.batch_size, large.warmup, large.period) == (8, 128, 2, 2)
+    assert (small.epochs, small.batch_size, small.warmup, small.period) == (20, 32, 4, 4)
+    assert TrainConfig.recommended(60_000, epochs=3).warmup == 1
+    assert TrainConfig.recommended(1_438, epochs=6).warmup == 3
+    assert TrainConfig.recommended(1_438, epochs=6, warmup=5).warmup == 5
+    assert TrainConfig.recommended(1_438, seed=7, lr=0.1).lr == 0.1
+
+
 class NoLearning(Method, name="test-none"):
     """Gives fixed losses: what the loop itself does is all there is."""
 
