@@ -20,12 +20,23 @@ ALS_HOST_DEVICE double log1p_of_fraction(double x) { return ::log1p(x); }
 
 #ifdef __CUDACC__
 
+template <typename T>
+ALS_HOST_DEVICE T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+
 ALS_HOST_DEVICE float exp_of_nonpositive(float x) { return ::expf(x); }
 ALS_HOST_DEVICE float expm1_of_nonpositive(float x) { return ::expm1f(x); }
 ALS_HOST_DEVICE float log_of_nonnegative(float x) { return ::logf(x); }
 ALS_HOST_DEVICE float log1p_of_fraction(float x) { return ::log1pf(x); }
 
 #else
+
+// condition ? yes : no with both sides computed. GCC moves the work of a conditional operator
+// behind a branch, and then cannot vectorise it: floating-point work may trap.
+ALS_HOST_DEVICE double select(bool condition, double yes, double no) {
+  return condition ? yes : no;
+}
 
 namespace detail {
 
@@ -40,6 +51,15 @@ ALS_HOST_DEVICE float float_of(int32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+
+}  // namespace detail
+
+ALS_HOST_DEVICE float select(bool condition, float yes, float no) {
+  const int32_t mask = -static_cast<int32_t>(condition);
+  return detail::float_of((detail::bits_of(yes) & mask) | (detail::bits_of(no) & ~mask));
+}
+
+namespace detail {
 
 // e^x = 2^n (1 + fraction) with |log(1 + fraction)| <= ln(2)/2, for -87.3 <= x <= 0.
 struct ExpParts {
@@ -67,7 +87,7 @@ ALS_HOST_DEVICE ExpParts exp_parts(float x) {
 constexpr float kExpLowest = -87.3f;  // e^x is a normal number above it and taken as 0 below
 
 // NaN compares false and passes through.
-ALS_HOST_DEVICE float at_least_lowest(float x) { return x < kExpLowest ? kExpLowest : x; }
+ALS_HOST_DEVICE float at_least_lowest(float x) { return select(x < kExpLowest, kExpLowest, x); }
 
 }  // namespace detail
 
@@ -75,7 +95,7 @@ ALS_HOST_DEVICE float at_least_lowest(float x) { return x < kExpLowest ? kExpLow
 ALS_HOST_DEVICE float exp_of_nonpositive(float x) {
   const detail::ExpParts e = detail::exp_parts(detail::at_least_lowest(x));
   const float value = e.power + e.power * e.fraction;
-  return x < detail::kExpLowest ? 0.0f : value;
+  return select(x < detail::kExpLowest, 0.0f, value);
 }
 
 // e^x - 1 for x <= 0, without cancellation near 0.
@@ -99,7 +119,7 @@ ALS_HOST_DEVICE float log_of_nonnegative(float x) {
   // 2 s = f - s f, which keeps the leading term exact
   const auto n = static_cast<float>(exponent);
   const float value = n * 0.693145752f + (f + (series - s * f + n * 1.42860677e-6f));
-  return x == 0.0f ? -INFINITY : (x < INFINITY ? value : x);
+  return select(x == 0.0f, -INFINITY, select(x < INFINITY, value, x));
 }
 
 // log(1 + x) for 0 <= x <= 1, without cancellation near 0.
@@ -114,9 +134,9 @@ ALS_HOST_DEVICE float log1p_of_fraction(float x) {
 // x^a for 0 <= x <= 1 and a >= 0, with 0^0 = 1.
 template <typename T>
 ALS_HOST_DEVICE T pow_of_fraction(T x, T a) {
-  const T value = exp_of_nonpositive(a * log_of_nonnegative(x > 0 ? x : T(1)));
+  const T value = exp_of_nonpositive(a * log_of_nonnegative(select(x > 0, x, T(1))));
   const T at_zero = a == 0 ? T(1) : T(0);
-  return x != x ? x : (x > 0 ? value : at_zero);
+  return select(x != x, x, select(x > 0, value, at_zero));
 }
 
 }  // namespace als

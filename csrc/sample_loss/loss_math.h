@@ -76,12 +76,18 @@ struct Slopes {
   T target, mass, log;
 };
 
+// a b with 0 * inf = 0: what has no weight adds nothing.
+template <typename T>
+ALS_HOST_DEVICE T weighted(T weight, T value) {
+  return select(weight == 0, T(0), weight * value);
+}
+
 // F = a (-log p_y). Cross-entropy: a = 1 - eps, or 0 when class probabilities (q) say it all; hard
 // bootstrap (Reed et al. 2014, arXiv 1412.6596): a = beta, and q has the rest at the arg max.
 template <typename T>
 struct CrossEntropy {
   T a;
-  ALS_HOST_DEVICE T value(const RowStats<T>& s) const { return a == 0 ? T(0) : a * s.nll; }
+  ALS_HOST_DEVICE T value(const RowStats<T>& s) const { return weighted(a, s.nll); }
   ALS_HOST_DEVICE Slopes<T> slopes(const RowStats<T>&) const { return {a, T(0), T(0)}; }
 };
 
@@ -103,7 +109,7 @@ template <typename T>
 struct SymmetricCrossEntropy {
   T alpha, beta, log_zero;
   ALS_HOST_DEVICE T value(const RowStats<T>& s) const {
-    return (alpha == 0 ? T(0) : alpha * s.nll) - beta * log_zero * s.miss;
+    return weighted(alpha, s.nll) - beta * log_zero * s.miss;
   }
   ALS_HOST_DEVICE Slopes<T> slopes(const RowStats<T>& s) const {
     return {alpha - beta * log_zero * s.p, T(0), T(0)};
@@ -126,8 +132,8 @@ struct Focal {
     return pow_of_fraction(s.miss, gamma) * s.nll;
   }
   ALS_HOST_DEVICE Slopes<T> slopes(const RowStats<T>& s) const {
-    const T ratio = s.miss > 0 ? s.nll / s.miss : T(1);  // -> 1 as p_y -> 1
-    const T pull = s.p > 0 ? s.p * ratio : T(0);         // p log p -> 0 as p_y -> 0
+    const T ratio = select(s.miss > 0, s.nll / s.miss, T(1));  // -> 1 as p_y -> 1
+    const T pull = select(s.p > 0, s.p * ratio, T(0));         // p log p -> 0 as p_y -> 0
     return {pow_of_fraction(s.miss, gamma) * (1 + gamma * pull), T(0), T(0)};
   }
 };
@@ -138,7 +144,7 @@ template <typename T>
 struct SoftBootstrap {
   T beta;
   ALS_HOST_DEVICE T value(const RowStats<T>& s) const {
-    return (beta == 0 ? T(0) : beta * s.nll) + (1 - beta) * (s.log_sum - s.mean_log);
+    return weighted(beta, s.nll) + (1 - beta) * (s.log_sum - s.mean_log);
   }
   ALS_HOST_DEVICE Slopes<T> slopes(const RowStats<T>& s) const {
     return {beta, (1 - beta) * s.mean_log, beta - 1};
@@ -182,12 +188,6 @@ struct SideWeights {
   }
 };
 
-// a b with 0 * inf = 0: what has no weight adds nothing.
-template <typename T>
-ALS_HOST_DEVICE T weighted(T weight, T value) {
-  return weight == 0 ? T(0) : weight * value;
-}
-
 // The row as its caller has it, beside RowSums.
 template <typename T>
 struct RowTarget {
@@ -207,7 +207,7 @@ struct RowResult {
 // e (linear + log d), with 0 log 0 = 0 and NaN kept.
 template <typename T>
 ALS_HOST_DEVICE T softmax_slope(T e, T d, T linear, T log) {
-  return e * (linear + log * (e == 0 ? T(0) : d));
+  return e * (linear + log * select(e == 0, T(0), d));
 }
 
 // scale: g, the weight of the row or the incoming gradient of its loss.
@@ -217,14 +217,14 @@ ALS_HOST_DEVICE RowResult<T> finish_row(const Loss& loss, const RowSums<T>& sums
   const T sum = sums.rest + target.hit;
   const T inverse = 1 / sum;
   const bool likely = sums.rest < target.hit;  // p_y > 1/2: log1p keeps the small difference
-  const T odds = likely ? sums.rest / target.hit : T(0);
+  const T odds = select(likely, sums.rest / target.hit, T(0));
   const T close = log1p_of_fraction(odds);
-  const T log_sum = likely ? close + target.log_hit : log_of_nonnegative(sum);
-  const RowStats<T> stats{log_sum, likely ? close : log_sum - target.log_hit, target.hit * inverse,
-                          sums.rest * inverse, sums.extra * inverse};
+  const T log_sum = select(likely, close + target.log_hit, log_of_nonnegative(sum));
+  const RowStats<T> stats{log_sum, select(likely, close, log_sum - target.log_hit),
+                          target.hit * inverse, sums.rest * inverse, sums.extra * inverse};
   const Slopes<T> slope = loss.slopes(stats);
   const T w = target.class_weight;
-  const T log_hit = target.hit > 0 ? target.log_hit : T(0);  // 0 log 0 = 0
+  const T log_hit = select(target.hit > 0, target.log_hit, T(0));  // 0 log 0 = 0
   RowResult<T> r;
   r.loss = weighted(w, loss.value(stats)) + (target.side_mass * log_sum - sums.side);
   r.linear = scale * (w * (slope.target + slope.mass) + target.side_mass) * inverse;

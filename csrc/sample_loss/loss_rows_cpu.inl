@@ -7,55 +7,55 @@
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockElements = 6144;
 
-template <typename T>
-struct Vector {  // of 64 bytes on every instruction set: sums have one order
-  typedef T type __attribute__((vector_size(64)));
-  static constexpr int64_t size = 64 / sizeof(T);
-};
+constexpr int kLanes = 64, kFewLanes = 8;
 
-template <typename T>
-T max_of(const T* x, int64_t n) {
-  using V = typename Vector<T>::type;
-  constexpr int64_t kSize = Vector<T>::size;
-  T best = -INFINITY;
-  int64_t i = 0;
-  if (n >= 4 * kSize) {  // four chains hide the latency of max
-    V lane[4];
-    for (auto& l : lane) l = V{} - T(INFINITY);
-    for (; i + 4 * kSize <= n; i += 4 * kSize) {
-      V v[4];
-      std::memcpy(v, x + i, sizeof v);
-      for (int k = 0; k < 4; ++k) lane[k] = v[k] > lane[k] ? v[k] : lane[k];
+// join(... term(begin) ... term(end - 1)), in as many chains as GCC can put into vectors. The order
+// is the same on every instruction set.
+template <typename T, class Term, class Join>
+inline T fold(int64_t begin, int64_t end, T start, const Term& term, const Join& join) {
+  int64_t i = begin;
+  T rest = start;
+  if (end - i < 2 * kFewLanes) {  // ten classes: the rows of a block overlap, lanes would not pay
+    for (; i < end; ++i) rest = join(rest, term(i));
+    return rest;
+  }
+  T lane[kLanes];
+  for (int k = 0; k < kFewLanes; ++k) lane[k] = start;
+  if (end - i >= kLanes) {
+    for (int k = kFewLanes; k < kLanes; ++k) lane[k] = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int k = 0; k < kLanes; ++k) lane[k] = join(lane[k], term(i + k));
     }
-    for (const auto& l : lane) {
-      for (int64_t k = 0; k < kSize; ++k) best = l[k] > best ? l[k] : best;
+    for (int width = kLanes / 2; width >= kFewLanes; width /= 2) {
+      for (int k = 0; k < width; ++k) lane[k] = join(lane[k], lane[k + width]);
     }
   }
-  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  for (; i + kFewLanes <= end; i += kFewLanes) {
+    for (int k = 0; k < kFewLanes; ++k) lane[k] = join(lane[k], term(i + k));
+  }
+  for (int width = kFewLanes / 2; width > 0; width /= 2) {
+    for (int k = 0; k < width; ++k) lane[k] = join(lane[k], lane[k + width]);
+  }
+  for (; i < end; ++i) rest = join(rest, term(i));
+  return join(lane[0], rest);
 }
 
 template <typename T>
-T sum_of(const T* x, int64_t n) {
-  using V = typename Vector<T>::type;
-  constexpr int64_t kSize = Vector<T>::size;
-  constexpr int64_t kRun = 1024 * kSize;  // a lane adds at most 256 numbers before going to double
+T max_of(const T* x, int64_t n) {  // NaN compares false: it is found in the exponentials
+  return fold(
+      int64_t{0}, n, T(-INFINITY), [x](int64_t i) { return x[i]; },
+      [](T a, T b) { return b > a ? b : a; });
+}
+
+// Sum of term(i); a lane adds at most 256 numbers before they go to float64.
+template <typename T, class Term>
+inline T sum_of(int64_t n, const Term& term) {
+  constexpr int64_t kRun = 256 * kLanes;
   double total = 0;
-  int64_t i = 0;
-  while (n - i >= 4 * kSize) {
-    const int64_t end = std::min(n, i + kRun);
-    V lane[4] = {};
-    for (; i + 4 * kSize <= end; i += 4 * kSize) {
-      V v[4];
-      std::memcpy(v, x + i, sizeof v);
-      for (int k = 0; k < 4; ++k) lane[k] += v[k];
-    }
-    const V sum = (lane[0] + lane[1]) + (lane[2] + lane[3]);
-    for (int64_t k = 0; k < kSize; ++k) total += sum[k];
+  for (int64_t i = 0; i < n; i += kRun) {
+    total += fold(i, std::min(n, i + kRun), T(0), term, [](T a, T b) { return a + b; });
   }
-  T tail = 0;
-  for (; i < n; ++i) tail += x[i];
-  return static_cast<T>(total + tail);
+  return static_cast<T>(total);
 }
 
 // As T: the logits themselves where that is their type, else converted into the buffer.
@@ -143,13 +143,8 @@ struct Rows {
       if (job.state_in) {
         block.side_mass[i] = job.state_in[3 * r + 2];
       } else {
-        double mass = 0, moment = 0;
-        for (int64_t c = 0; c < classes; ++c) {
-          mass += q(c);
-          moment += weighted(q(c), d[c]);
-        }
-        block.side_mass[i] = static_cast<T>(mass);
-        block.side[i] = static_cast<T>(moment);
+        block.side_mass[i] = sum_of<T>(classes, [&](int64_t c) { return q(c); });
+        block.side[i] = sum_of<T>(classes, [&](int64_t c) { return weighted(q(c), d[c]); });
       }
       block.extra[i] = block.side_mass[i];
     }
@@ -163,18 +158,12 @@ struct Rows {
       if (entropy) block.extra[i] = job.state_in[3 * r + 2];
       return;
     }
-    if (job.index) {
-      e[block.y[i]] = 0;
-      block.rest[i] = sum_of(e, classes);
-      e[block.y[i]] = block.hit[i];
-    } else {
-      block.rest[i] = sum_of(e, classes);
-    }
+    if (job.index) e[block.y[i]] = 0;
+    block.rest[i] = sum_of<T>(classes, [e](int64_t c) { return e[c]; });
+    if (job.index) e[block.y[i]] = block.hit[i];
     if (entropy) {
       const T* d = d_buffer.data() + i * classes;
-      double moment = 0;
-      for (int64_t c = 0; c < classes; ++c) moment += weighted(e[c], d[c]);
-      block.extra[i] = static_cast<T>(moment);
+      block.extra[i] = sum_of<T>(classes, [e, d](int64_t c) { return weighted(e[c], d[c]); });
     }
   }
 
@@ -260,9 +249,9 @@ void squared_error_rows(const LossJob<scalar_t, grad_t>& job, int64_t begin, int
     const scalar_t* z = job.row(r);
     const T* t = job.dense + r * size;
     if (job.losses) {
-      double total = 0;
-      for (int64_t j = 0; j < size; ++j) total += squared_error_term(static_cast<T>(z[j]), t[j]);
-      job.losses[r] = static_cast<T>(total / static_cast<double>(size));
+      const T total = sum_of<T>(
+          size, [z, t](int64_t j) { return squared_error_term(static_cast<T>(z[j]), t[j]); });
+      job.losses[r] = total / static_cast<T>(size);
     }
     if (job.grad) {
       const T scale = 2 * job.scale[r] / static_cast<T>(size);
