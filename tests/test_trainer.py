@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset, TensorDataset
 
-from als_ext import TrainConfig, Trainer
+from als_ext import LabelCorrector, TrainConfig, Trainer
 from als_ext.embedding import make_embedder
 from als_ext.methods import METHODS, Method
 from als_ext.metrics import FIELDS, MetricsWriter, label_metrics
@@ -87,6 +87,36 @@ def test_correction_finds_the_wrong_labels_and_keeps_the_right_ones():
     assert result.history[-1]["changed"] == int(changed.sum())
     assert result.history[1]["suspects"] is not None
     assert result.history[0]["suspects"] is None
+
+
+@pytest.mark.parametrize("direction", ["max", "min"])
+def test_scores_are_high_for_wrong_labels_and_start_again_after_a_relabel(monkeypatch, direction):
+    x, given, true = blobs()
+    correct, seen = LabelCorrector.step, []
+
+    def watched(self, embeddings, scores, epoch):
+        result = correct(self, embeddings, scores, epoch)
+        seen.append((scores, result.changed, epoch))
+        return result
+
+    after_epoch, log_pis = METHODS["als-lc"].after_epoch, []
+
+    def recording(self, epoch, losses):
+        extra = after_epoch(self, epoch, losses)
+        log_pis.append(self.optimizer.weights.log_pi())
+        return extra
+
+    monkeypatch.setattr(LabelCorrector, "step", watched)
+    monkeypatch.setattr(METHODS["als-lc"], "after_epoch", recording)
+    fit("als-lc", x=x, given=given, true=true, also={"direction": direction, "pi_lr": 0.01})
+    scores, changed, epoch = seen[0]
+    assert epoch == 2
+    wrong = given != true
+    assert scores[wrong].mean() > scores[~wrong].mean() + 0.005  # two epochs of losses, times 0.01
+    log_pi = log_pis[1]
+    assert changed.sum() > 50
+    assert log_pi[changed].unique().numel() == 1
+    assert log_pi[~changed].unique().numel() > 50
 
 
 def test_methods_without_correction_leave_labels_alone():
