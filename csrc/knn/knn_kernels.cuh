@@ -12,12 +12,20 @@
 // every group is taken: the fall-back is the same code and needs no word from the host.
 #pragma once
 
+#ifdef __CUDACC__  // the tests run this file on the CPU, without 16-bit types
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 #include <cstdint>
 
 #include "knn/knn_math.h"
+
+#ifdef __CUDACC__
+#define ALS_UNROLL _Pragma("unroll")
+#else
+#define ALS_UNROLL
+#endif
 
 namespace als {
 
@@ -48,8 +56,10 @@ struct KnnRows {
   __device__ double at(int64_t row, int64_t j) const { return widen(data[row * dim + j]); }
   static __device__ double widen(float x) { return x; }
   static __device__ double widen(double x) { return x; }
+#ifdef __CUDACC__
   static __device__ double widen(__half x) { return __half2float(x); }
   static __device__ double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+#endif
 };
 
 // Eight neighbouring threads hold the lanes of knn_math.h; the shuffles add them in its order.
@@ -177,7 +187,7 @@ __global__ void __launch_bounds__(kKnnThreads)
   norms[threadIdx.x] = norm;
   elements[threadIdx.x] = element;
   __syncthreads();
-  for (int step = kKnnThreads / 2; step > 0; step /= 2) {
+  for (unsigned step = kKnnThreads / 2; step > 0; step /= 2) {
     if (threadIdx.x < step) {
       norms[threadIdx.x] = fmax(norms[threadIdx.x], norms[threadIdx.x + step]);
       elements[threadIdx.x] = fmax(elements[threadIdx.x], elements[threadIdx.x + step]);
@@ -303,14 +313,30 @@ struct KnnScoreParams {
   int64_t queries, groups, first_group, depth;
 };
 
-// Asynchronous copy of one slab, two 16-byte pieces a thread.
+// Asynchronous copies into shared memory, in groups; wait_copies<n> waits for all but the last n.
+#ifdef __CUDACC__
+__device__ __forceinline__ void copy16(float* shared, const float* global) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+#else
+inline void copy16(float* shared, const float* global) { memcpy(shared, global, 16); }
+inline void commit_copies() {}
+template <int kPending>
+void wait_copies() {}
+#endif
+
+// One slab, two pieces a thread.
 __device__ __forceinline__ void copy_slab(float* shared, const float* global) {
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared + threadIdx.x * 4));
-  const float* from = global + threadIdx.x * 4;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + kKnnThreads * 16),
-               "l"(from + kKnnThreads * 4)
-               : "memory");
+  static_assert(kKnnSlab * kKnnTile == 8 * kKnnThreads, "two pieces of four floats a thread");
+  const int at = threadIdx.x * 4;
+  copy16(shared + at, global + at);
+  copy16(shared + at + kKnnThreads * 4, global + at + kKnnThreads * 4);
 }
 
 // What: max over each group of 16 rows of <q', c'> - h.
@@ -318,9 +344,8 @@ __device__ __forceinline__ void copy_slab(float* shared, const float* global) {
 // Shared memory: two slabs of 16 features of both tiles (32 KiB), filled by cp.async.
 // Determinism: one accumulator a score, features in order: a chain of `dim` fused multiply-adds.
 __global__ void __launch_bounds__(kKnnThreads, 2) knn_score(KnnScoreParams p) {
-  static_assert(kKnnSlab * kKnnTile == 8 * kKnnThreads, "copy_slab copies eight floats a thread");
-  __shared__ __align__(16) float a[2][kKnnSlab][kKnnTile];
-  __shared__ __align__(16) float b[2][kKnnSlab][kKnnTile];
+  alignas(16) __shared__ float a[2][kKnnSlab][kKnnTile];
+  alignas(16) __shared__ float b[2][kKnnSlab][kKnnTile];
   const int tx = threadIdx.x % 16;
   const int ty = threadIdx.x / 16;
   const float* query = p.query + blockIdx.y * p.depth * kKnnTile;
@@ -329,29 +354,29 @@ __global__ void __launch_bounds__(kKnnThreads, 2) knn_score(KnnScoreParams p) {
 
   copy_slab(&a[0][0][0], query);
   copy_slab(&b[0][0][0], database);
-  asm volatile("cp.async.commit_group;");
+  commit_copies();
   const int64_t slabs = p.depth / kKnnSlab;
   for (int64_t s = 0; s < slabs; ++s) {
     const int now = s % 2;
     if (s + 1 < slabs) {
       copy_slab(&a[1 - now][0][0], query + (s + 1) * (kKnnSlab * kKnnTile));
       copy_slab(&b[1 - now][0][0], database + (s + 1) * (kKnnSlab * kKnnTile));
-      asm volatile("cp.async.commit_group;");
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      commit_copies();
+      wait_copies<1>();
     } else {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      wait_copies<0>();
     }
     __syncthreads();  // slab `now` is there for all
-#pragma unroll
+    ALS_UNROLL
     for (int d = 0; d < kKnnSlab; ++d) {
       float q[8], c[8];
       *reinterpret_cast<float4*>(q) = *reinterpret_cast<const float4*>(&a[now][d][ty * 4]);
       *reinterpret_cast<float4*>(q + 4) = *reinterpret_cast<const float4*>(&a[now][d][64 + ty * 4]);
       *reinterpret_cast<float4*>(c) = *reinterpret_cast<const float4*>(&b[now][d][tx * 4]);
       *reinterpret_cast<float4*>(c + 4) = *reinterpret_cast<const float4*>(&b[now][d][64 + tx * 4]);
-#pragma unroll
+      ALS_UNROLL
       for (int i = 0; i < 8; ++i) {
-#pragma unroll
+        ALS_UNROLL
         for (int j = 0; j < 8; ++j) acc[i][j] = fmaf(q[i], c[j], acc[i][j]);
       }
     }
@@ -359,10 +384,10 @@ __global__ void __launch_bounds__(kKnnThreads, 2) knn_score(KnnScoreParams p) {
   }
 
   const float* h = p.half_norm + blockIdx.x * int64_t{kKnnTile};
-#pragma unroll
+  ALS_UNROLL
   for (int half = 0; half < 2; ++half) {
     const float4 h4 = *reinterpret_cast<const float4*>(h + half * 64 + tx * 4);
-#pragma unroll
+    ALS_UNROLL
     for (int i = 0; i < 8; ++i) {
       const float* s = &acc[i][half * 4];
       float m = fmaxf(fmaxf(s[0] - h4.x, s[1] - h4.y), fmaxf(s[2] - h4.z, s[3] - h4.w));
@@ -452,9 +477,9 @@ __device__ inline void sort_entries(uint32_t* keys, int64_t* rows, int n) {
 // (distance, index), which is total.
 template <typename T>
 __global__ void __launch_bounds__(kKnnThreads) knn_select(KnnSelectParams<T> p) {
-  extern __shared__ int64_t knn_shared[];
-  int64_t* rows = knn_shared;                                       // [capacity]
-  uint32_t* keys = reinterpret_cast<uint32_t*>(rows + p.capacity);  // [capacity]
+  ALS_DYNAMIC_SHARED(knn_shared);
+  auto* rows = reinterpret_cast<int64_t*>(knn_shared);          // [capacity]
+  auto* keys = reinterpret_cast<uint32_t*>(rows + p.capacity);  // [capacity]
   __shared__ unsigned histogram[256];
   __shared__ int64_t state[2];
   __shared__ int64_t listed[kKnnThreads];  // groups to measure
@@ -579,3 +604,5 @@ __global__ void __launch_bounds__(kKnnThreads) knn_select(KnnSelectParams<T> p) 
 }
 
 }  // namespace als
+
+#undef ALS_UNROLL

@@ -27,7 +27,7 @@
 namespace emulated {
 
 struct Dim {
-  unsigned x = 0;
+  unsigned x = 0, y = 0;
 };
 
 class Barrier {
@@ -49,6 +49,10 @@ inline Barrier* block = nullptr;
 inline std::vector<std::unique_ptr<Warp>> warps;
 
 }  // namespace emulated
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 inline thread_local emulated::Dim threadIdx, blockIdx;
 inline emulated::Dim gridDim;
@@ -81,10 +85,6 @@ T __shfl_sync(unsigned, T value, int lane) {
   return emulated::shuffle(value, lane);
 }
 
-inline void atomicAdd(unsigned long long* address, unsigned long long value) {
-  __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-}
-
 inline void atomicMin(unsigned long long* address, unsigned long long value) {
   unsigned long long old = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (value < old && !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_RELAXED,
@@ -92,27 +92,77 @@ inline void atomicMin(unsigned long long* address, unsigned long long value) {
   }
 }
 
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  emulated::Warp& warp = *emulated::warps[threadIdx.x / 32];
+  warp.slots[threadIdx.x % 32] = predicate;
+  warp.barrier.wait();
+  unsigned ballot = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) ballot |= unsigned{warp.slots[lane] != 0} << lane;
+  warp.barrier.wait();
+  return ballot;
+}
+
+template <typename T, typename V>
+T atomicAdd(T* address, V value) {
+  return __atomic_fetch_add(address, static_cast<T>(value), __ATOMIC_RELAXED);
+}
+
+inline void atomicMax(unsigned long long* address, unsigned long long value) {
+  unsigned long long seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, false,
+                                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+inline long long __double_as_longlong(double x) {
+  long long bits;
+  std::memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float __double2float_rd(double x) {
+  const auto nearest = static_cast<float>(x);
+  return nearest > x ? std::nextafter(nearest, -INFINITY) : nearest;
+}
+
+inline float __double2float_ru(double x) { return -__double2float_rd(-x); }
+
 namespace emulated {
 
 // kernel<<<blocks, threads>>>(...) as launch(blocks, threads, [&] { kernel(...); });
 template <typename Kernel>
-void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
-  gridDim.x = blocks;
-  for (unsigned b = 0; b < blocks; ++b) {
-    Barrier barrier(threads);
-    block = &barrier;
-    warps.clear();
-    for (unsigned w = 0; w < threads / 32; ++w) warps.push_back(std::make_unique<Warp>());
-    std::vector<std::thread> pool;
-    for (unsigned t = 0; t < threads; ++t) {
-      pool.emplace_back([&kernel, b, t] {
-        blockIdx.x = b;
-        threadIdx.x = t;
-        kernel();
-      });
+void launch(Dim blocks, unsigned threads, const Kernel& kernel) {
+  gridDim = blocks;
+  for (unsigned y = 0; y < std::max(blocks.y, 1u); ++y) {
+    for (unsigned x = 0; x < blocks.x; ++x) {
+      Barrier barrier(threads);
+      block = &barrier;
+      warps.clear();
+      for (unsigned w = 0; w < threads / 32; ++w) warps.push_back(std::make_unique<Warp>());
+      std::vector<std::thread> pool;
+      for (unsigned t = 0; t < threads; ++t) {
+        pool.emplace_back([&kernel, x, y, t] {
+          blockIdx = {x, y};
+          threadIdx = {t, 0};
+          kernel();
+        });
+      }
+      for (std::thread& thread : pool) thread.join();
     }
-    for (std::thread& thread : pool) thread.join();
   }
+}
+
+template <typename Kernel>
+void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
+  launch(Dim{blocks, 1}, threads, kernel);
 }
 
 }  // namespace emulated
