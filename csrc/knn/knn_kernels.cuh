@@ -476,7 +476,7 @@ __device__ inline void sort_entries(uint32_t* keys, int64_t* rows, int n) {
 // Determinism: entries enter the list in any order, but what is kept and its order are those of
 // (distance, index), which is total.
 template <typename T>
-__global__ void __launch_bounds__(kKnnThreads) knn_select(KnnSelectParams<T> p) {
+__global__ void __launch_bounds__(kKnnThreads, 4) knn_select(KnnSelectParams<T> p) {
   ALS_DYNAMIC_SHARED(knn_shared);
   auto* rows = reinterpret_cast<int64_t*>(knn_shared);          // [capacity]
   auto* keys = reinterpret_cast<uint32_t*>(rows + p.capacity);  // [capacity]
