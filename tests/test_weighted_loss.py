@@ -131,12 +131,24 @@ def test_retain_graph(factor, device):
 
 def test_the_gradient_of_weight_is_no_alias_of_the_losses(device):
     logits, target, weight = make(9, 7, device)
-    total, values = weighted_loss(logits, target, weight.requires_grad_())
+    weight = weight.requires_grad_() * 1
+    total, values = weighted_loss(logits, target, weight)
     kept = values.clone()
+    weight.register_hook(lambda g: g.zero_())
     total.backward()
-    assert torch.equal(weight.grad, kept)
-    weight.grad.zero_()
     assert torch.equal(values, kept)
+
+
+def test_a_graph_that_is_not_kept_hands_its_gradient_over(device):
+    """In two runs the gradients are their own, whatever becomes of the first."""
+    logits, target, weight = make(9, 7, device)
+    z = logits.requires_grad_()
+    weighted_loss(z, target, weight)[0].backward()
+    first, wanted = z.grad, z.grad.clone()
+    z.grad = None
+    weighted_loss(z, target, weight)[0].backward()
+    first.zero_()
+    assert torch.equal(z.grad, wanted)
 
 
 def test_two_losses_on_one_tensor_and_logits_not_modified(device):

@@ -149,7 +149,13 @@ def _backward(ctx: Any, grad_total: Tensor | None, _: None, __: None) -> tuple[T
     if ctx.needs_input_grad[0]:
         if not ctx.need_grad:
             raise RuntimeError("weighted_loss: called with need_grad=False")
-        grad_logits = _scaled(grad, grad_total, ctx.batch, ctx.dtype)
+        # total.backward() comes with the factor 1. On the CPU that can be seen without waiting, and
+        # the kept tensor, which nobody needs any more, is the result: a whole pass less.
+        done = grad.dtype == ctx.dtype and not ctx.batch and not _keeps_graph()
+        if done and values_readable(grad_total) and grad_total == 1:
+            grad_logits = grad
+        else:
+            grad_logits = _scaled(grad, grad_total, ctx.batch, ctx.dtype)
     if ctx.needs_input_grad[2]:
         grad_weight = _scaled(losses, grad_total, ctx.batch, losses.dtype)
     return grad_logits, None, grad_weight, *(None,) * 7
@@ -162,10 +168,6 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 def _scaled(rows: Tensor, factor: Tensor, batch: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Rows of each total times its factor, in ``dtype``."""
     if not batch:
-        # total.backward() comes with the factor 1. On the CPU that can be seen without waiting, and
-        # the kept tensor, which nobody needs any more, is the result: a whole pass less.
-        if rows.dtype == dtype and values_readable(factor) and factor == 1 and not _keeps_graph():
-            return rows
         return (rows * factor).to(dtype)
     totals = math.prod(batch)
     by_total = rows.reshape(totals, rows.shape[0] // totals, *rows.shape[1:])
