@@ -43,6 +43,7 @@ LOSSES: dict[str, dict[str, Range]] = {
     "bootstrap_soft": {"beta": Range(0.95, 0.0, 1.0)},
     "squared_error": {},
 }
+SQUARED_ERROR = list(LOSSES).index("squared_error")
 NAMES = ("cross_entropy", "gce", "sce", "mae", "focal", "bootstrap", "squared_error")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -170,7 +171,7 @@ def prepare(
     check_tensor("logits", logits, shape=("B",) if one_value else ("B", "C"), dtypes=FLOATS)
     if not one_value and logits.shape[1] == 0:
         raise ValueError("logits: expected at least one class, got shape " + str([*logits.shape]))
-    accumulation = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    accumulation = accumulation_dtype(logits)
     if regression or (loss == "cross_entropy" and _is_floating(target)):
         check_tensor("target", target, shape=tuple(logits.shape), dtypes=FLOATS, like=logits)
         _check_constant("target", target)
@@ -275,9 +276,6 @@ def _fake_backward(
     ignore_index: int,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
-
-
-SQUARED_ERROR = list(LOSSES).index("squared_error")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
