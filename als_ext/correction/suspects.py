@@ -87,9 +87,9 @@ def _otsu_threshold(score: Tensor) -> float:
 
     Splits where the variance between the groups is largest; inf when all scores are equal.
     """
-    s = score.sort().values
+    s = score.cpu().sort().values  # torch has no deterministic float cumsum on CUDA
     n = s.numel()
-    below = torch.arange(1, n, device=s.device, dtype=torch.float64)
+    below = torch.arange(1, n, dtype=torch.float64)
     partial = (s - s.mean()).cumsum(0)[:-1]  # sum below the split, around the mean
     between = partial.square() / (below * (n - below))
     between = between.masked_fill(s[1:] == s[:-1], -1.0)  # equal scores are not parted
