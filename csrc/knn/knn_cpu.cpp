@@ -27,9 +27,11 @@ constexpr int64_t kPackedBytes = int64_t{96} << 20;  // packed database chunk
 constexpr int64_t kStateBytes = int64_t{64} << 20;   // packed queries and candidate lists
 constexpr int64_t kBlockBytes = int64_t{256} << 10;  // packed query block of a task: half of L2
 constexpr int64_t kBlockQueries = 192;
-constexpr int64_t kScanQueries = 4;  // up to here a float64 scan beats packing the database
-constexpr int64_t kMinTasks = 32;    // fewer query blocks than this: split the database as well
-constexpr double kNever = 3.4e38;    // above any score: the scoring kernel leaves the query alone
+constexpr int64_t kMinBlockQueries = 48;  // fewer would stream the panels too often
+constexpr int64_t kScanQueries = 16;      // up to here a float64 scan beats packing the database
+constexpr int64_t kMinTasks =
+    32;  // smaller query blocks, then parts of the database, to have these
+constexpr double kNever = 3.4e38;  // above any score: the scoring kernel leaves the query alone
 
 // Uninitialised, aligned for the vectors of the scoring kernel.
 template <typename V>
@@ -99,7 +101,7 @@ class Search {
     std::vector<Value> row;      // one widened row
     std::vector<double> query;   // one query row as distance() wants it
     std::vector<double> bounds;  // lower bounds of the true scores in a list
-    std::vector<Neighbour> found;
+    std::vector<int64_t> rows;   // to be measured
     Buffer<float> sums;
     int64_t first_slot = 0;
   };
@@ -118,6 +120,7 @@ class Search {
         level_(cpu_level()),
         tile_(tile_kernel(level_)),
         sums_(knn_sums<Value>(level_)),
+        double_sums_(knn_sums<double>(level_)),
         error_(exact ? score_error(knn_tile_chain(dim)) : KnnError{0.0, 0.0}) {}
 
   void run(float* distance, int64_t* index) {
@@ -220,15 +223,15 @@ class Search {
     const int64_t parts = ceil_div(rows_, part);
     std::vector<std::vector<Neighbour>> lists(queries_ * parts);
     parallel_tasks(queries_ * parts, [&](int64_t task, Worker& w) {
-      const int64_t begin = task % parts * part;
+      const int64_t begin = task / queries_ * part;  // all queries while a part is in the cache
       Smallest best(std::min(k_, part));
-      scan(task / parts, begin, std::min(begin + part, rows_), w, best);
+      scan(task % queries_, begin, std::min(begin + part, rows_), w, best);
       lists[task] = std::move(best.sorted());
     });
     for (int64_t q = 0; q < queries_; ++q) {
       Smallest best(k_);
       for (int64_t p = 0; p < parts; ++p) {
-        for (const Neighbour& n : lists[q * parts + p]) best.offer(n);
+        for (const Neighbour& n : lists[p * queries_ + q]) best.offer(n);
       }
       write(best.sorted(), distance + q * k_, index + q * k_);
     }
@@ -244,13 +247,9 @@ class Search {
     double scale = 1.0;
     if (metric_ == KnnMetric::kCosine) scale = inverse_norm(sums_.sum_of_squares(x, dim_));
     *zero = scale == 0.0;
-    double sum = 0.0;
-    for (int64_t j = 0; j < dim_; ++j) {
-      const double normal = static_cast<double>(x[j]) * scale;
-      out[j] = centre ? normal - mean_[j] : normal;
-      sum += out[j] * out[j];
-    }
-    return sum;
+    for (int64_t j = 0; j < dim_; ++j) out[j] = static_cast<double>(x[j]) * scale;
+    for (int64_t j = 0; centre && j < dim_; ++j) out[j] -= mean_[j];
+    return double_sums_.sum_of_squares(out, dim_);
   }
 
   // Mean, scale, largest norms. A row that is not finite counts nowhere: no score can choose it.
@@ -299,10 +298,11 @@ class Search {
     panels_ = ceil_div(rows_, tile_.columns);
     chunk_ = std::clamp<int64_t>(kPackedBytes / (tile_.columns * dim_ * 4), 1, panels_);
     capacity_ = std::min(4 * k_ + 256, rows_ + kKnnMaxColumns);
-    const int64_t fit = kBlockBytes / (4 * dim_) / tile_.rows * tile_.rows;
-    block_ = std::clamp<int64_t>(fit, 4 * tile_.rows, kBlockQueries);
-    block_ = std::min(block_, ceil_div(queries_, tile_.rows) * tile_.rows);
     const int64_t entries = capacity_ * (sizeof(float) * 2 + sizeof(int64_t));
+    const int64_t fit = std::min({kBlockBytes / (4 * dim_), kBlockQueries, queries_ / kMinTasks});
+    block_ = std::min({std::max<int64_t>(fit, kMinBlockQueries), kStateBytes / entries,
+                       queries_ + tile_.rows - 1});
+    block_ = std::max<int64_t>(block_ / tile_.rows, 1) * tile_.rows;
     const int64_t blocks = ceil_div(queries_, block_);
     segments_ = std::min(
         {ceil_div(kMinTasks, blocks), kStateBytes / (block_ * entries), ceil_div(chunk_, 8)});
@@ -460,22 +460,42 @@ class Search {
     });
   }
 
+  // Error of a score of a slot, as a function of the norm of its row.
+  auto error_of(int64_t slot) const {
+    return [radius = radius_[slot], square = square_error(), extra = offset()](double norm) {
+      return radius * norm + square * (0.5 * norm * norm + extra);
+    };
+  }
+
+  // Appends what the true scores of a slot's entries are at least.
+  void append_bounds(int64_t slot, std::vector<double>& bounds) const {
+    const float* score = entry_score_.get() + slot * capacity_;
+    const float* norm = entry_norm_.get() + slot * capacity_;
+    const auto error = error_of(slot);
+    const auto start = static_cast<int64_t>(bounds.size());
+    bounds.resize(start + count_[slot]);
+    double* out = bounds.data() + start;
+    for (int64_t e = 0; e < count_[slot]; ++e) out[e] = score[e] - error(norm[e]);
+  }
+
+  // A row of the result has at least this true score, given lower bounds of some rows' scores.
+  double lowest(int64_t i, std::vector<double>& bounds) const {
+    if (static_cast<int64_t>(bounds.size()) < k_) return -INFINITY;
+    std::nth_element(bounds.begin(), bounds.begin() + (k_ - 1), bounds.end(),
+                     std::greater<double>());
+    return relation_[i].lowest_score(relation_[i].distance_of(bounds[k_ - 1]));
+  }
+
   // Drops what the error bound excludes.
   void cut_by_bound(int64_t slot, Worker& w) {
-    const int64_t count = count_[slot];
-    if (count <= k_) return;
-    const KnnRelation& relation = relation_[query_of(slot)];
+    w.bounds.clear();
+    append_bounds(slot, w.bounds);
+    const double lower = std::max(lower_[slot], lowest(query_of(slot), w.bounds));
+    const auto error = error_of(slot);
     float* score = entry_score_.get() + slot * capacity_;
     float* norm = entry_norm_.get() + slot * capacity_;
     int64_t* index = entry_index_.get() + slot * capacity_;
-    const double radius = radius_[slot], square = square_error(), extra = offset();
-    const auto error = [=](double n) { return radius * n + square * (0.5 * n * n + extra); };
-    w.bounds.resize(count);
-    for (int64_t e = 0; e < count; ++e) w.bounds[e] = score[e] - error(norm[e]);
-    std::nth_element(w.bounds.begin(), w.bounds.begin() + (k_ - 1), w.bounds.end(),
-                     std::greater<double>());
-    const double kth = relation.distance_of(w.bounds[k_ - 1]);
-    const double lower = std::max(lower_[slot], relation.lowest_score(kth));
+    const int64_t count = count_[slot];
     int64_t kept = 0;
     for (int64_t e = 0; e < count; ++e) {  // no branch: every second one would be mispredicted
       const float s = score[e], n = norm[e];
@@ -521,23 +541,27 @@ class Search {
   }
 
   void finish(int64_t i, int64_t q, Worker& w, float* distance, int64_t* index) {
-    Smallest best(k_);
-    int64_t candidates = 0;
-    bool nonzero = false;
+    w.bounds.clear();
+    double lower = -INFINITY;
     for (int64_t s = 0; s < segments_; ++s) {
-      const int64_t slot = slot_of(i, s);
-      cut_by_bound(slot, w);
-      candidates += count_[slot];
+      append_bounds(slot_of(i, s), w.bounds);
+      lower = std::max(lower, lower_[slot_of(i, s)]);
     }
-    if (candidates >= k_) {
-      nonzero = load_query(q, w);
+    Smallest best(k_);
+    if (static_cast<int64_t>(w.bounds.size()) >= k_) {
+      lower = std::max(lower, lowest(i, w.bounds));
+      w.rows.clear();
       for (int64_t s = 0; s < segments_; ++s) {
         const int64_t slot = slot_of(i, s);
-        const int64_t* index = entry_index_.get() + slot * capacity_;
-        for (int64_t e = 0; e < count_[slot]; ++e) {
-          if (e + 2 < count_[slot]) prefetch(index[e + 2]);
-          best.offer(neighbour(index[e], nonzero, w));
+        const auto error = error_of(slot);
+        for (int64_t e = slot * capacity_; e < slot * capacity_ + count_[slot]; ++e) {
+          if (entry_score_[e] + error(entry_norm_[e]) >= lower) w.rows.push_back(entry_index_[e]);
         }
+      }
+      const bool nonzero = load_query(q, w);
+      for (size_t r = 0; r < w.rows.size(); ++r) {
+        if (r + 2 < w.rows.size()) prefetch(w.rows[r + 2]);
+        best.offer(neighbour(w.rows[r], nonzero, w));
       }
     } else {  // no scores for this query, or fewer than k finite rows
       scan(q, 0, rows_, w, best);
@@ -553,6 +577,7 @@ class Search {
   CpuLevel level_;
   KnnTileKernel tile_;
   KnnSums<Value> sums_;
+  KnnSums<double> double_sums_;
   KnnError error_;
 
   std::vector<double> mean_;
