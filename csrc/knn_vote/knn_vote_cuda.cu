@@ -37,7 +37,7 @@ VoteOutputs knn_vote_cuda(const Tensor& distance, const Tensor& index, const Ten
                     static_cast<float>(1.0 / temperature),
                     slots};
   const int shared = slots * 12;
-  if (shared > 48 * 1024 - 8192) {  // beyond the default limit, less the static part
+  if (shared + kVoteStaticShared > 48 * 1024) {  // beyond the default limit
     STD_CUDA_CHECK(
         cudaFuncSetAttribute(knn_vote_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   }

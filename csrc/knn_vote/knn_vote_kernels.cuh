@@ -8,7 +8,10 @@
 namespace als {
 
 constexpr int kVoteThreads = 128;
-constexpr int64_t kVoteMaxK = 4096;  // table of 2k slots of 12 bytes: 96 KiB of shared memory
+// Table of 2k slots of 12 bytes: 96 KiB of shared memory, of the 99 KiB that a block of sm_86,
+// sm_89 and sm_120 can have. The static part has to fit into the rest.
+constexpr int64_t kVoteMaxK = 4096;
+constexpr int kVoteStaticShared = 3 * 1024;
 
 struct VoteParams {
   const float* distance;  // [Q, k]
@@ -27,6 +30,7 @@ struct VoteParams {
 __device__ inline VoteResult merge_votes(VoteResult a, const VoteResult& b) {
   if (b.best > 0) a.offer(b.winner, b.best);
   if (b.second > a.second) a.second = b.second;
+  a.total += b.total;
   return a;
 }
 
@@ -36,11 +40,12 @@ __device__ inline VoteResult merge_votes(VoteResult a, const VoteResult& b) {
 // Determinism: integer sums; the slot of a class may differ between runs, its sum and the ranking
 // cannot.
 __global__ void __launch_bounds__(kVoteThreads) knn_vote_kernel(VoteParams p) {
-  extern __shared__ unsigned long long vote_shared[];
-  unsigned long long* votes = vote_shared;                 // [slots]
-  int* classes = reinterpret_cast<int*>(votes + p.slots);  // [slots]
-  __shared__ VoteResult partial[kVoteThreads];
+  ALS_DYNAMIC_SHARED(vote_shared);
+  auto* votes = reinterpret_cast<unsigned long long*>(vote_shared);  // [slots]
+  int* classes = reinterpret_cast<int*>(votes + p.slots);            // [slots]
+  __shared__ VoteResult partial[kVoteThreads / 2];
   __shared__ float low[kVoteThreads];
+  static_assert(sizeof partial + sizeof low <= kVoteStaticShared, "see kVoteMaxK");
 
   for (int64_t q = blockIdx.x; q < p.rows; q += gridDim.x) {
     const float* distance = p.distance + q * p.k;
@@ -61,7 +66,7 @@ __global__ void __launch_bounds__(kVoteThreads) knn_vote_kernel(VoteParams p) {
       classes[s] = -1;
     }
     __syncthreads();
-    for (int step = kVoteThreads / 2; step > 0; step /= 2) {
+    for (unsigned step = kVoteThreads / 2; step > 0; step /= 2) {
       if (threadIdx.x < step) low[threadIdx.x] = fminf(low[threadIdx.x], low[threadIdx.x + step]);
       __syncthreads();
     }
@@ -85,24 +90,18 @@ __global__ void __launch_bounds__(kVoteThreads) knn_vote_kernel(VoteParams p) {
     for (int s = threadIdx.x; s < p.slots; s += kVoteThreads) {
       if (classes[s] >= 0) mine.offer(classes[s], static_cast<int64_t>(votes[s]));
     }
-    partial[threadIdx.x] = mine;
-    __syncthreads();
-    for (int step = kVoteThreads / 2; step > 0; step /= 2) {
-      if (threadIdx.x < step) {
-        const VoteResult& other = partial[threadIdx.x + step];
-        VoteResult joined = merge_votes(partial[threadIdx.x], other);
-        joined.total = partial[threadIdx.x].total + other.total;
-        partial[threadIdx.x] = joined;
-      }
+    // The upper half of the threads that are left hands its results to the lower half.
+    for (unsigned step = kVoteThreads / 2; step > 0; step /= 2) {
+      if (threadIdx.x >= step && threadIdx.x < 2 * step) partial[threadIdx.x - step] = mine;
+      __syncthreads();
+      if (threadIdx.x < step) mine = merge_votes(mine, partial[threadIdx.x]);
       __syncthreads();
     }
     if (threadIdx.x == 0) {
-      const VoteResult& result = partial[0];
-      p.winner[q] = result.best > 0 ? result.winner : p.ignore_label;
-      p.share[q] = result.share();
-      p.margin[q] = result.margin();
+      p.winner[q] = mine.best > 0 ? mine.winner : p.ignore_label;
+      p.share[q] = mine.share();
+      p.margin[q] = mine.margin();
     }
-    __syncthreads();
   }
 }
 
