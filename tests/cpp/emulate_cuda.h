@@ -102,6 +102,12 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return ballot;
 }
 
+inline int atomicCAS(int* address, int expected, int desired) {
+  __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED,
+                              __ATOMIC_RELAXED);
+  return expected;  // what stood there, also after a success
+}
+
 template <typename T, typename V>
 T atomicAdd(T* address, V value) {
   return __atomic_fetch_add(address, static_cast<T>(value), __ATOMIC_RELAXED);
