@@ -341,6 +341,60 @@ TEST(EmulatedDevice, RowsByBlock) {
   expect_same_as_cpu(kCases[0], 4, 1025, [](const auto& job) { run_by_block<1>(job, false); });
 }
 
+// Rows of special logits, without class weights, forward and backward as sample_loss asks for them.
+// A stride of 0 repeats the first row.
+template <class Run>
+void expect_special_rows(const Case& c, int64_t classes, int64_t stride, const Run& run) {
+  const float inf = INFINITY, nan = NAN;
+  const std::vector<std::array<float, 2>> values = {
+      // of the target, of another class
+      {nan, 1}, {1, nan}, {inf, 1}, {1, inf}, {-inf, 1}, {1, -inf}, {inf, inf}, {-inf, nan}};
+  Batch<float> want(static_cast<int64_t>(values.size()) + 1, classes);
+  for (size_t r = 0; r < values.size(); ++r) {
+    float* row = want.logits.data() + r * classes;
+    row[(want.index[r] + 1) % classes] = values[r][1];
+    row[want.index[r]] = values[r][0];
+  }
+  std::fill_n(want.logits.end() - classes, classes, -inf);
+  want.logits.back() = 2;                      // certain of one class
+  if (!c.probabilities) want.index[0] = -100;  // NaN, but ignored
+  Batch<float> got = want;
+  auto job = job_of(want, c);
+  job.class_weight = nullptr;
+  job.row_stride = stride;
+  loss_rows(job, 0, want.rows, CpuLevel::kBaseline);
+  auto forward = job_of(got, c);
+  forward.class_weight = nullptr;
+  forward.row_stride = stride;
+  auto backward = forward;
+  forward.grad = nullptr;
+  forward.scale = nullptr;
+  run(forward);
+  backward.losses = backward.state_out = nullptr;
+  backward.state_in = got.state.data();
+  run(backward);
+  const auto same = [](float a, float b) {
+    return std::isnan(a) ? std::isnan(b) : a == b || std::abs(a - b) <= 3e-6f * (1 + std::abs(b));
+  };
+  for (int64_t i = 0; i < want.rows * classes; ++i) {
+    const int64_t r = i / classes;
+    EXPECT_PRED2(same, got.losses[r], want.losses[r]) << c.name << " row " << r;
+    EXPECT_PRED2(same, got.grad[i], want.grad[i])
+        << c.name << " row " << r << " class " << i % classes << " target " << want.index[r];
+  }
+}
+
+TEST(EmulatedDevice, SpecialRows) {
+  for (const Case& c : kCases) {
+    expect_special_rows(c, 12, 12, run_in_registers<4, 8>);
+    expect_special_rows(c, 1, 1, run_in_registers<1, 8>);
+  }
+  expect_special_rows(kCases[0], 12, 0, run_in_registers<4, 8>);
+  for (const int i : {0, 2, 7, 8}) {
+    expect_special_rows(kCases[i], 12, 12, [](const auto& job) { run_by_block<4>(job, false); });
+  }
+}
+
 TEST(EmulatedDevice, SquaredError) {
   const Case squared{"squared_error", LossKind::kSquaredError, {}, 0, true};
   Batch<float> want(9, 50), got(9, 50);
