@@ -157,7 +157,8 @@ struct Problem {
 
 unsigned blocks(int64_t n, int64_t size) { return static_cast<unsigned>((n + size - 1) / size); }
 
-// The launches of knn_cuda.cu; `chunk` database tiles are packed at a time.
+// The launches of knn_cuda.cu: `chunk` database tiles are packed at a time, and the queries are
+// served in two spans.
 std::vector<Neighbour> search(const Problem& p, KnnError error, int64_t chunk) {
   using namespace als;
   const KnnRows<float> x{p.query.data(), p.queries, p.dim, p.metric};
@@ -170,48 +171,54 @@ std::vector<Neighbour> search(const Problem& p, KnnError error, int64_t chunk) {
                    [&] { knn_mean(sums.data(), parts, p.dim, &extent, mean.data()); });
   emulated::launch(2, kKnnThreads, [&] { knn_extent(y, mean.data(), &extent); });
   const int64_t depth = blocks(p.dim, kKnnSlab) * int64_t{kKnnSlab};
-  const unsigned tiles = blocks(p.rows, kKnnTile), query_tiles = blocks(p.queries, kKnnTile);
+  const int64_t span = (p.queries + 1) / 2;
+  const unsigned tiles = blocks(p.rows, kKnnTile), query_tiles = blocks(span, kKnnTile);
   const int64_t groups = tiles * int64_t{kKnnTileGroups};
   // float4 is read from these: as aligned as device memory.
   std::vector<float4> packed_query(query_tiles * kKnnTile * depth / 4);
   std::vector<float4> packed(chunk * kKnnTile * depth / 4), half_norm(chunk * kKnnTile / 4);
   const auto floats = [](std::vector<float4>& v) { return reinterpret_cast<float*>(v.data()); };
-  std::vector<float> group_max(p.queries * groups), group_norm(groups);
-  std::vector<KnnQuery> queries(p.queries);
-  emulated::launch(query_tiles, kKnnThreads, [&] {
-    knn_pack_queries(x, 0, p.queries, depth, mean.data(), &extent, error, floats(packed_query),
-                     queries.data());
-  });
-  for (int64_t tile = 0; tile < tiles; tile += chunk) {
-    const auto here = static_cast<unsigned>(std::min<int64_t>(chunk, tiles - tile));
-    emulated::launch(here, kKnnThreads, [&] {
-      knn_pack_database(y, tile * kKnnTile, depth, mean.data(), &extent, floats(packed),
-                        floats(half_norm), group_norm.data() + tile * kKnnTileGroups);
-    });
-    const KnnScoreParams score{floats(packed_query),  floats(packed), floats(half_norm),
-                               group_max.data(),      p.queries,      groups,
-                               tile * kKnnTileGroups, depth};
-    emulated::launch({here, query_tiles}, kKnnThreads, [&] { knn_score(score); });
-  }
+  std::vector<float> group_max(span * groups), group_norm(groups);
+  std::vector<KnnQuery> queries(span);
   int capacity = 64;  // smaller than in knn_cuda.cu: the list is cut more often
   while (capacity < 2 * p.k) capacity *= 2;
   std::vector<float> distance(p.queries * p.k);
   std::vector<int64_t> index(p.queries * p.k);
-  const KnnSelectParams<float> select{x,
-                                      y,
-                                      0,
-                                      groups,
-                                      p.k,
-                                      p.exclude_self,
-                                      capacity,
-                                      group_max.data(),
-                                      group_norm.data(),
-                                      queries.data(),
-                                      &extent,
-                                      p.metric == KnnMetric::kIp ? 0.0 : error.square,
-                                      distance.data(),
-                                      index.data()};
-  emulated::launch(static_cast<unsigned>(p.queries), kKnnThreads, [&] { knn_select(select); });
+  for (int64_t first = 0; first < p.queries; first += span) {
+    const int64_t count = std::min(span, p.queries - first);
+    emulated::launch(blocks(count, kKnnTile), kKnnThreads, [&] {
+      knn_pack_queries(x, first, count, depth, mean.data(), &extent, error, floats(packed_query),
+                       queries.data());
+    });
+    for (int64_t tile = 0; tile < tiles; tile += chunk) {
+      const auto here = static_cast<unsigned>(std::min<int64_t>(chunk, tiles - tile));
+      if (first == 0 || chunk < tiles) {
+        emulated::launch(here, kKnnThreads, [&] {
+          knn_pack_database(y, tile * kKnnTile, depth, mean.data(), &extent, floats(packed),
+                            floats(half_norm), group_norm.data() + tile * kKnnTileGroups);
+        });
+      }
+      const KnnScoreParams score{floats(packed_query),  floats(packed), floats(half_norm),
+                                 group_max.data(),      count,          groups,
+                                 tile * kKnnTileGroups, depth};
+      emulated::launch({here, blocks(count, kKnnTile)}, kKnnThreads, [&] { knn_score(score); });
+    }
+    const KnnSelectParams<float> select{x,
+                                        y,
+                                        first,
+                                        groups,
+                                        p.k,
+                                        p.exclude_self,
+                                        capacity,
+                                        group_max.data(),
+                                        group_norm.data(),
+                                        queries.data(),
+                                        &extent,
+                                        p.metric == KnnMetric::kIp ? 0.0 : error.square,
+                                        distance.data(),
+                                        index.data()};
+    emulated::launch(static_cast<unsigned>(count), kKnnThreads, [&] { knn_select(select); });
+  }
   std::vector<Neighbour> result;
   for (size_t i = 0; i < index.size(); ++i) {
     result.push_back({als::distance_key(distance[i]), index[i]});
@@ -287,6 +294,14 @@ TEST(KnnKernels, QueriesWithoutScoresMeasureEveryRow) {
   p.query[p.dim] = kNan;
   for (int64_t row = 3; row < 140; row += 2) p.database[row * p.dim] = row % 3 ? kNan : kInf;
   EXPECT_EQ(differences(p, als::score_error(p.dim), 2), 0);
+}
+
+TEST(KnnKernels, RowsThatAreNotFiniteComeWhenTheOthersAreUsedUp) {  // 24 groups, 4 finite rows
+  Problem p = gaussian(2, 300, 3, 10, KnnMetric::kL2);
+  for (int64_t row = 0; row < 300; ++row) {
+    if (row % 80 != 5) p.database[row * p.dim + row % 3] = row % 2 ? kNan : kInf;
+  }
+  EXPECT_EQ(differences(p, als::score_error(p.dim), 3), 0);
 }
 
 TEST(KnnKernels, AllRowsEqualGoByIndexAndWithoutSelf) {
