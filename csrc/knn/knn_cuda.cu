@@ -72,10 +72,12 @@ void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric me
 
   int capacity = 256;
   while (capacity < 2 * k) capacity *= 2;
-  const int shared = capacity * static_cast<int>(sizeof(int64_t) + sizeof(uint32_t));
-  if (shared > 40 * 1024) {  // beyond the default limit, less the static part
+  constexpr int kEntry = sizeof(int64_t) + sizeof(uint32_t);
+  const int shared = capacity * kEntry;
+  if (shared > 40 * 1024) {                       // beyond the default limit, less the static part
+    constexpr int kMost = 2 * kKnnMaxK * kEntry;  // the same value in every thread
     STD_CUDA_CHECK(
-        cudaFuncSetAttribute(knn_select<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        cudaFuncSetAttribute(knn_select<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost));
   }
 
   for (int64_t first = 0; first < x.rows; first += span) {

@@ -36,10 +36,12 @@ VoteOutputs knn_vote_cuda(const Tensor& distance, const Tensor& index, const Ten
                     static_cast<VoteWeighting>(weighting),
                     static_cast<float>(1.0 / temperature),
                     slots};
-  const int shared = slots * 12;
-  if (shared + kVoteStaticShared > 48 * 1024) {  // beyond the default limit
+  constexpr int kSlot = sizeof(unsigned long long) + sizeof(int);
+  const int shared = slots * kSlot;
+  if (shared + kVoteStaticShared > 48 * 1024) {   // beyond the default limit
+    constexpr int kMost = 2 * kVoteMaxK * kSlot;  // the same value in every thread
     STD_CUDA_CHECK(
-        cudaFuncSetAttribute(knn_vote_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        cudaFuncSetAttribute(knn_vote_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost));
   }
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(rows, 1 << 20));
   knn_vote_kernel<<<blocks, kVoteThreads, shared, scope.stream()>>>(params);

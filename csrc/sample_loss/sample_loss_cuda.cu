@@ -28,9 +28,9 @@ void launch_block(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream) {
   constexpr int64_t kStatic = 1024;  // fields of block_sums and the arg max
   const bool cached = job.grad && !job.state_in && bytes + kStatic <= limit;
   const int shared = cached ? static_cast<int>(bytes) : 0;
-  if (shared + kStatic > 48 * 1024) {  // beyond the default limit
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  if (shared + kStatic > 48 * 1024) {  // beyond the default limit; the same value in every thread
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        limit - static_cast<int>(kStatic)));
   }
   kernel<<<grid_of(job.rows, 1), kBlockThreads, shared, stream>>>(job, cached);
 }
