@@ -420,6 +420,29 @@ def peak_bytes(call):
     return mark("VmHWM:") - before
 
 
+@pytest.mark.cuda
+def test_spans_of_queries_and_chunks_of_the_database_on_cuda():
+    """More queries than are served at a time (1664 here), more rows than are packed at a time."""
+    query, database = gaussian(2000, 64, "cuda", 1), gaussian(300_000, 64, "cuda")
+    distance, index = knn(query, database, 10)
+    some = [0, 127, 128, 1663, 1664, 1999]
+    want = knn(query[some].cpu(), database.cpu(), 10)
+    assert_same((distance[some].cpu(), index[some].cpu()), want)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("k", [5, 2048])
+def test_captured_in_a_cuda_graph(k):
+    query, database = gaussian(40, 6, "cuda", 1), gaussian(3000, 6, "cuda")
+    knn(query, database, k)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = knn(query, database, k)
+    query.copy_(gaussian(40, 6, "cuda", 2))
+    graph.replay()
+    assert_same(got, knn(query, database, k))
+
+
 @pytest.mark.slow
 def test_extra_memory_is_bounded():
     query, database = gaussian(300, 512, "cpu", 1), gaussian(150_000, 512, "cpu")

@@ -81,6 +81,31 @@ def test_order_of_neighbours_does_not_change_a_bit(device):
         assert torch.equal(x, y)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("k", [2049, 4096])
+def test_the_longest_rows_on_cuda(k):
+    distance, index, label = make(5, k, 10_000, 3000, "cuda")
+    got = knn_vote(distance, index, label, 3000, weighting="distance")
+    want = knn_vote(distance.cpu(), index.cpu(), label.cpu(), 3000, weighting="distance")
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a.cpu(), b)
+    with pytest.raises(ValueError, match="distance: expected at most 4096 neighbours"):
+        knn_vote(*make(1, 4097, 10, 3, "cuda"), 3)
+
+
+@pytest.mark.cuda
+def test_captured_in_a_cuda_graph():
+    distance, index, label = make(30, 7, 50, 4, "cuda")
+    knn_vote(distance, index, label, 4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = knn_vote(distance, index, label, 4)
+    label.copy_(make(30, 7, 50, 4, "cuda", seed=1)[2])
+    graph.replay()
+    for a, b in zip(got, knn_vote(distance, index, label, 4), strict=True):
+        assert torch.equal(a, b)
+
+
 def samples(device):
     distance, index, label = make(6, 5, 20, 4, device)
     yield (distance, index, label, 4, 0, 0.1, -1)

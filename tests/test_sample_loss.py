@@ -354,6 +354,44 @@ def test_offsets_beyond_32_bits(tmp_path):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("classes", [1024, 65544])  # rows in registers, a block a row
+def test_more_than_2_to_the_31_elements_on_cuda(classes):
+    rows = 2**31 // classes + 5
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of free memory on the device")
+    target = torch.arange(rows, device="cuda") % classes
+    factor = torch.linspace(-1, 1, rows, device="cuda")
+    logits = torch.empty(rows, classes, dtype=BF16, device="cuda").normal_()
+    got = gradient(lambda z: sample_loss(z, target), logits, factor)
+    for some in (slice(0, 5), slice(rows - 5, rows)):
+        want = gradient(lambda z, y=target[some]: sample_loss(z, y), logits[some], factor[some])
+        assert torch.equal(got[0][some], want[0])
+        assert torch.equal(got[1][some], want[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("classes", [10, 5000])
+def test_captured_in_a_cuda_graph(classes):
+    logits, target, grad = make(8, classes, "cuda")
+
+    def step():
+        return gradient(lambda z: sample_loss(z, target), logits, grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    logits.copy_(make(8, classes, "cuda", seed=1)[0])
+    graph.replay()
+    for a, b in zip(got, step(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements():
     rows, classes = 2**21 + 5, 1024

@@ -387,6 +387,25 @@ def test_no_host_synchronisation_on_cuda(keywords):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [F32, F16])  # float16 keeps its gradient in float32
+@pytest.mark.parametrize("classes", [10, 5000])
+def test_captured_in_a_cuda_graph(classes, dtype):
+    logits, target, weight = make(8, classes, "cuda", dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(weighted_loss, logits, target, weight)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(weighted_loss, logits, target, weight)
+    logits.copy_(make(8, classes, "cuda", dtype, seed=1)[0])
+    graph.replay()
+    for a, b in zip(got, run(weighted_loss, logits, target, weight), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_class_out_of_range_is_named_on_the_cpu():
     logits, target, weight = make(6, 4, "cpu")
     target[3] = 4

@@ -17,6 +17,7 @@ from als_ext.ops._checks import (
 )
 
 WEIGHTINGS = ("uniform", "distance", "softmax")  # position = the operator's enum
+CUDA_MAX_K = 4096
 
 
 def knn_vote(
@@ -78,6 +79,11 @@ def knn_vote(
     """
     check_tensor("distance", distance, shape=("Q", "k"), dtypes=[torch.float32])
     check_tensor("index", index, shape=tuple(distance.shape), dtypes=[torch.int64], like=distance)
+    if distance.shape[1] > CUDA_MAX_K and distance.device.type == "cuda":
+        raise ValueError(
+            f"distance: expected at most {CUDA_MAX_K} neighbours a row on CUDA, got "
+            f"{distance.shape[1]}"
+        )
     check_tensor("label", label, shape=("N",), dtypes=[torch.int64], like=distance)
     check_int("num_classes", num_classes, low=1)
     check_choice("weighting", weighting, WEIGHTINGS)
