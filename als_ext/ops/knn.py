@@ -70,7 +70,7 @@ def knn(
     Note:
         No gradient. Works in ``torch.compile`` with fullgraph and in CUDA graphs. Deterministic to
         the bit, on any number of threads. No Q x M matrix: at most 256 MB beyond inputs and
-        outputs (and a copy of an input that is not contiguous).
+        outputs for D <= 100,000 (and a copy of an input that is not contiguous).
 
     Example:
         >>> import torch
