@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import als_ext
-from als_ext._library import has_cuda_kernels
+from als_ext import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,9 +19,11 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available() and has_cuda_kernels():
+    if torch.cuda.is_available() and _library.has_cuda_kernels():
         return
-    reason = "no CUDA device" if has_cuda_kernels() else "als_ext is built without CUDA kernels"
+    reason = (
+        "no CUDA device" if _library.has_cuda_kernels() else "als_ext is built without CUDA kernels"
+    )
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -30,6 +32,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture
+def cpu_level():
+    """Forces the instruction set of the CPU kernels: ``cpu_level("avx2")``."""
+    yield _library._C.set_cpu_level
+    _library._C.set_cpu_level("auto")
 
 
 @pytest.fixture

@@ -91,6 +91,13 @@ def test_agrees_with_float64_reference(dtype, decoupled, amsgrad, half, device):
     assert {s.item() for s in lists.steps} == {states[0].step}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", ["avx2", "baseline"])
+def test_every_instruction_set_agrees(level, dtype, cpu_level):
+    cpu_level(level)
+    test_agrees_with_float64_reference(dtype, False, True, True, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("decoupled", [False, True], ids=["l2", "decoupled"])
 def test_without_bases_it_is_torch_adam(decoupled, device):
     lists = Lists(SHAPES[1:], device, half=False)

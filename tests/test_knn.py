@@ -257,12 +257,6 @@ def test_fast_returns_exact_distances_of_nearly_the_same_rows(device):
     assert (distance.diff(dim=1) >= 0).all()
 
 
-@pytest.fixture
-def cpu_level():
-    yield _library._C.set_cpu_level
-    _library._C.set_cpu_level("auto")
-
-
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("level", ["avx2", "baseline"])
 def test_instruction_sets_agree_to_the_bit(level, metric, cpu_level):

@@ -116,6 +116,13 @@ def test_every_size_of_the_pass(n, with_prior, device, generator):
         assert got.sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("with_prior", [False, True])
+@pytest.mark.parametrize("level", ["avx2", "baseline"])
+def test_every_instruction_set(level, with_prior, cpu_level, generator):
+    cpu_level(level)
+    test_every_size_of_the_pass(20_011, with_prior, torch.device("cpu"), generator)
+
+
 def test_a_hundred_thousand_steps(device, generator):
     n, steps = 50, 100_000 if device.type == "cpu" else 2_000
     state, rule = make(n, device, capacity=4, lr=0.02)

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "also_step/also_step.h"
+#include "common/cpu_level.h"
 #include "common/parallel.h"
 
 // The element loop is one always-inlined body, compiled once an instruction set.
@@ -83,11 +84,9 @@ ALS_TARGET_AVX512 void step_range_avx512(const AlsoPointers<P, S>& t, int64_t be
 template <bool kAmsgrad, bool kHalf, typename P, typename S>
 StepRange<P, S> choose_step_range() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return step_range_avx512<kAmsgrad, kHalf, P, S>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return step_range_avx2<kAmsgrad, kHalf, P, S>;
+  const CpuLevel level = cpu_level();
+  if (level == CpuLevel::kAvx512) return step_range_avx512<kAmsgrad, kHalf, P, S>;
+  if (level == CpuLevel::kAvx2) return step_range_avx2<kAmsgrad, kHalf, P, S>;
 #endif
   return step_range<kAmsgrad, kHalf, P, S>;
 }

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "common/cpu_level.h"
 #include "pi_step/pi_step_math.h"
 
 namespace als {
@@ -162,13 +163,10 @@ __attribute__((target("avx512f,avx512dq,fma"))) inline ChunkSums sum_chunk_avx51
 
 }  // namespace chunk_detail
 
-// The fastest variant that this processor runs.
-inline ChunkFunction chunk_function() {
+inline ChunkFunction chunk_function(CpuLevel level) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
-    return chunk_detail::sum_chunk_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return chunk_detail::sum_chunk_avx2;
+  if (level == CpuLevel::kAvx512) return chunk_detail::sum_chunk_avx512;
+  if (level == CpuLevel::kAvx2) return chunk_detail::sum_chunk_avx2;
 #endif
   return chunk_detail::sum_chunk_baseline;
 }

@@ -34,7 +34,7 @@ void pass(float* u, const float* log_prior, double* scalars, int64_t n, const Ba
   }
 
   const PiExponent exponent = exponent_of(plan.new_scale, rule);
-  const ChunkFunction sum_chunk = chunk_function();
+  const ChunkFunction sum_chunk = chunk_function(cpu_level());
   const int64_t chunks = (n + kPiChunk - 1) / kPiChunk;
   std::vector<ChunkSums> sums(chunks);
   parallel_for(chunks, kGrain, [&](int64_t begin, int64_t end) {

@@ -90,13 +90,10 @@ TEST(LowerBound, FindsTheFirstOfEqualKeys) {
 // ---- the CPU's pass --------------------------------------------------------------------------
 
 std::vector<als::ChunkFunction> chunk_functions() {
-  std::vector<als::ChunkFunction> found{als::chunk_detail::sum_chunk_baseline};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(als::chunk_detail::sum_chunk_avx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
-    found.push_back(als::chunk_detail::sum_chunk_avx512);
-#endif
+  std::vector<als::ChunkFunction> found;
+  for (auto level : {als::CpuLevel::kBaseline, als::CpuLevel::kAvx2, als::CpuLevel::kAvx512}) {
+    if (level <= als::best_cpu_level()) found.push_back(als::chunk_function(level));
+  }
   return found;
 }
 
