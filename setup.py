@@ -57,8 +57,15 @@ common = [
     "-std=c++17",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
-# errno is never read; writing it would keep loops over sqrt from being vectorised
-host = ["-fvisibility=hidden", "-fno-math-errno", "-Wall", f"-fmacro-prefix-map={ROOT}/="]
+# Nobody reads errno or the floating-point flags: setting them as scalar code would keeps loops with
+# sqrt or comparisons from being vectorised.
+host = [
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    f"-fmacro-prefix-map={ROOT}/=",
+]
 
 
 class Build(BuildExtension):

@@ -10,18 +10,20 @@ from torch import Tensor
 from als_ext.ops._checks import check_choice, check_float, check_tensor
 
 LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SUMS = 90  # kPiSumsSize of pi_step_lazy_math.h
 NO_INDEX = 2**63 - 1  # pads pending_index: sorts last and is never looked up
 
 
 class PiState(NamedTuple):
     """The tensors of a distribution over n entries; r_i = scalars[0] * u_i."""
 
-    u: Tensor  # [n] float32
+    u: Tensor  # [n] float32, float64 where there are sums
     scalars: Tensor  # [4] float64: A, log mean exp, the same of the half step, has a half step
     skipped: Tensor  # [] int64, losses left out because they were not finite
     pending_index: Tensor  # [capacity] int64 ascending, the last batch
     pending_grad: Tensor  # [capacity] float64, its summed losses at the first of equal indices
     log_prior: Tensor | None  # [n] float32, log(n prior_i); None is uniform
+    sums: Tensor | None  # [SUMS] float64, power sums: the state is lazy
 
 
 class PiRule(NamedTuple):
@@ -85,12 +87,14 @@ def pi_step_(
 
     The KL-regularised ascent step of ALSO (arXiv 2508.16734) in the log domain, with
     :math:`\gamma'` = ``rule.step``. The half step of the optimistic method is the same formula
-    applied once more with the same g; its normaliser comes from the same pass over ``u``.
+    applied once more with the same g; its normaliser comes from the same pass over ``u``. A lazy
+    state makes no pass: both normalisers come from power sums that a step mends in O(B), with a
+    bound on their error; where the bound exceeds 1e-8 the step makes a pass by itself.
 
     :class:`als_ext.SampleWeights` is the convenient form.
 
     Args:
-        state: the distribution; u, scalars, skipped, pending_index and pending_grad change.
+        state: the distribution; all but log_prior changes.
             ``pending_index`` holds at least B entries.
         rule: constants, from :func:`pi_rule`.
         index: [B] int64 in [0, n); equal indices add up.
@@ -110,7 +114,8 @@ def pi_step_(
         touch it. The same bits from run to run and for any number of threads or multiprocessors:
         fixed chunks, sums in float64 across them in a fixed order, losses of equal indices added in
         batch order (CPU) or in a fixed tree (CUDA). Traffic: 4 bytes an entry (8 with a prior), 8
-        more in the rare pass that rescales u; memory beyond the arguments O(B + n / 8192).
+        more in the rare pass that rescales u; a lazy state: O(B). Memory beyond the arguments
+        O(B + n / 128).
 
     Example:
         >>> import torch
@@ -137,6 +142,7 @@ def pi_state(
     *,
     log_prior: Tensor | None = None,
     capacity: int = 0,
+    lazy: bool = False,
     device: torch.device | str | None = None,
 ) -> PiState:
     """Start a distribution at its prior.
@@ -146,6 +152,7 @@ def pi_state(
         rule: constants, from :func:`pi_rule`.
         log_prior: [n] float32, log(n prior_i), finite; None is uniform.
         capacity: largest batch of :func:`pi_step_`.
+        lazy: steps in O(B), u in float64.
         device: where; that of ``log_prior`` by default.
 
     Returns:
@@ -159,11 +166,12 @@ def pi_state(
     """
     if log_prior is not None and device is None:
         device = log_prior.device
+    dtype = torch.float64 if lazy else torch.float32
     if log_prior is not None:
         log_prior = log_prior.to(device)
-        u = (1.0 - rule.prior) * log_prior
+        u = (1.0 - rule.prior) * log_prior.to(dtype)
     else:
-        u = torch.zeros(n, device=device)
+        u = torch.zeros(n, dtype=dtype, device=device)
     state = PiState(
         u=u,
         scalars=torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=u.device),
@@ -171,8 +179,9 @@ def pi_state(
         pending_index=torch.full((capacity,), NO_INDEX, dtype=torch.int64, device=u.device),
         pending_grad=torch.zeros(capacity, dtype=torch.float64, device=u.device),
         log_prior=log_prior,
+        sums=torch.zeros(SUMS, dtype=torch.float64, device=u.device) if lazy else None,
     )
-    if log_prior is not None:
+    if lazy or log_prior is not None:
         pi_normalize_(state, rule)
     return state
 
@@ -181,7 +190,7 @@ def pi_normalize_(state: PiState, rule: PiRule) -> None:
     """Recompute both normalisers exactly, in one pass, after ``state.u`` was written by hand.
 
     Args:
-        state: the distribution; only ``scalars`` changes.
+        state: the distribution; only ``scalars`` and ``sums`` change.
         rule: constants, from :func:`pi_rule`.
 
     Raises:
@@ -202,9 +211,9 @@ def pi_normalize_(state: PiState, rule: PiRule) -> None:
     """
     check_state(state)
     torch.ops.als_ext.pi_normalize_.default(
-        state.u, state.scalars, state.pending_index, state.pending_grad, state.log_prior, *rule
+        *readable(state), *rule
     )
-    _bump(state.u, state.scalars)
+    _bump(state.u, state.scalars, *_optional(state.sums))
 
 
 def pi_weight(
@@ -259,7 +268,7 @@ def step_unchecked(
     torch.ops.als_ext.pi_step_.default(
         *state, ordered, order, loss.detach().double().contiguous(), found_inf, *rule
     )
-    _bump(*state[:5])
+    _bump(*state[:5], *_optional(state.sums))
 
 
 def weight_unchecked(
@@ -267,11 +276,7 @@ def weight_unchecked(
 ) -> Tensor:
     """:func:`pi_weight` without its checks."""
     weight: Tensor = torch.ops.als_ext.pi_weight.default(
-        state.u,
-        state.scalars,
-        state.pending_index,
-        state.pending_grad,
-        state.log_prior,
+        *readable(state),
         index,
         *rule,
         half,
@@ -280,10 +285,16 @@ def weight_unchecked(
     return weight
 
 
+def readable(state: PiState) -> tuple[Tensor | None, ...]:
+    """What the operators that do not count skipped losses take."""
+    return state.u, state.scalars, *state[3:]
+
+
 def check_state(state: PiState) -> None:
     """Check every tensor of a state."""
     u = state.u
-    check_tensor("state.u", u, shape=("n",), dtypes=[torch.float32])
+    dtype = torch.float32 if state.sums is None else torch.float64
+    check_tensor("state.u", u, shape=("n",), dtypes=[dtype])
     if u.shape[0] < 1:
         raise ValueError("state.u: expected at least one entry, got shape [0]")
     f64, i64 = [torch.float64], [torch.int64]
@@ -295,6 +306,8 @@ def check_state(state: PiState) -> None:
     if state.log_prior is not None:
         shape, f32 = tuple(u.shape), [torch.float32]
         check_tensor("state.log_prior", state.log_prior, shape=shape, dtypes=f32, like=u)
+    if state.sums is not None:
+        check_tensor("state.sums", state.sums, shape=(SUMS,), dtypes=f64, like=u)
     for name, tensor in state._asdict().items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
@@ -334,6 +347,10 @@ def _check_range(index: Tensor, low: int, high: int, n: int) -> None:
         )
 
 
+def _optional(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
+
+
 def _bump(*tensors: Tensor) -> None:
     # A compiled graph sees the writes through the schema.
     if not torch.compiler.is_compiling():
@@ -348,6 +365,7 @@ def _fake_step(
     pending_index: Tensor,
     pending_grad: Tensor,
     log_prior: Tensor | None,
+    sums: Tensor | None,
     index: Tensor,
     order: Tensor,
     loss: Tensor,
@@ -366,6 +384,7 @@ def _fake_normalize(
     pending_index: Tensor,
     pending_grad: Tensor,
     log_prior: Tensor | None,
+    sums: Tensor | None,
     rho: float,
     step: float,
     prior: float,
@@ -380,6 +399,7 @@ def _fake_weight(
     pending_index: Tensor,
     pending_grad: Tensor,
     log_prior: Tensor | None,
+    sums: Tensor | None,
     index: Tensor | None,
     rho: float,
     step: float,
@@ -387,4 +407,4 @@ def _fake_weight(
     half: bool,
     log: bool,
 ) -> Tensor:
-    return u.new_empty(u.shape if index is None else index.shape)
+    return u.new_empty(u.shape if index is None else index.shape, dtype=torch.float32)

@@ -1,17 +1,20 @@
 #include "pi_step/pi_step.h"
 
 // index is sorted, order says where each of its entries stood in the batch. pending_index and
-// pending_grad take the batch's summed gradient, padded with INT64_MAX.
+// pending_grad take the batch's summed gradient, padded with INT64_MAX. With sums (a lazy state) u
+// is float64, otherwise float32.
 STABLE_TORCH_LIBRARY_FRAGMENT(als_ext, m) {
   m.def(
       "pi_step_(Tensor(a!) u, Tensor(b!) scalars, Tensor(c!) skipped, Tensor(d!) pending_index, "
-      "Tensor(e!) pending_grad, Tensor? log_prior, Tensor index, Tensor order, Tensor loss, "
-      "Tensor? found_inf, float rho, float step, float prior) -> ()");
+      "Tensor(e!) pending_grad, Tensor? log_prior, Tensor(f!)? sums, Tensor index, Tensor order, "
+      "Tensor loss, Tensor? found_inf, float rho, float step, float prior) -> ()");
   m.def(
       "pi_normalize_(Tensor(a!) u, Tensor(b!) scalars, Tensor pending_index, Tensor pending_grad, "
-      "Tensor? log_prior, float rho, float step, float prior) -> ()");
+      "Tensor? log_prior, Tensor(c!)? sums, float rho, float step, float prior) -> ()");
   m.def(
       "pi_weight(Tensor u, Tensor scalars, Tensor pending_index, Tensor pending_grad, "
-      "Tensor? log_prior, Tensor? index, float rho, float step, float prior, bool half, bool log) "
+      "Tensor? log_prior, Tensor? sums, Tensor? index, float rho, float step, float prior, bool "
+      "half, "
+      "bool log) "
       "-> Tensor");
 }

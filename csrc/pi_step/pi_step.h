@@ -15,10 +15,13 @@
 //
 // The batch's entries are lifted out of u before the pass (u_i = -inf adds nothing), added exactly
 // in float64 and put back: nothing is ever subtracted from a sum.
+//
+// A lazy state has power sums besides, which give both normalisers without that pass:
+// pi_step_lazy_math.h.
 #pragma once
 
 #include "common/tensor.h"
-#include "pi_step/pi_step_math.h"
+#include "pi_step/pi_step_lazy_math.h"
 
 namespace als {
 
@@ -32,8 +35,9 @@ inline void check_pi_tensor(const Tensor& t, ScalarType dtype, const Tensor& u, 
 
 inline PiRule check_pi_state(const Tensor& u, const Tensor& scalars, const Tensor& pending_index,
                              const Tensor& pending_grad, const std::optional<Tensor>& log_prior,
-                             double rho, double step, double prior) {
-  check_pi_tensor(u, ScalarType::Float, u, "u");
+                             const std::optional<Tensor>& sums, double rho, double step,
+                             double prior) {
+  check_pi_tensor(u, sums ? ScalarType::Double : ScalarType::Float, u, "u");
   ALS_CHECK(u.size(0) >= 1, "u: expected at least one entry, got 0");
   check_pi_tensor(scalars, ScalarType::Double, u, "scalars");
   check_size(scalars, 0, kPiScalars, "scalars");
@@ -43,6 +47,10 @@ inline PiRule check_pi_state(const Tensor& u, const Tensor& scalars, const Tenso
   if (log_prior) {
     check_pi_tensor(*log_prior, ScalarType::Float, u, "log_prior");
     check_size(*log_prior, 0, u.size(0), "log_prior");
+  }
+  if (sums) {
+    check_pi_tensor(*sums, ScalarType::Double, u, "sums");
+    check_size(*sums, 0, kPiSumsSize, "sums");
   }
   ALS_CHECK(rho > 0 && rho <= 1, "rho: expected in (0, 1], got ", rho);
   ALS_CHECK(std::isfinite(step), "step: expected a finite number, got ", step);
@@ -82,7 +90,9 @@ inline Tensor check_pi_index(const Tensor& u, const std::optional<Tensor>& index
 inline PiView view_of(const Tensor& u, const Tensor& scalars, const Tensor& pending_index,
                       const Tensor& pending_grad, const std::optional<Tensor>& log_prior,
                       const PiRule& rule) {
-  return {u.const_data_ptr<float>(),
+  const bool lazy = u.scalar_type() == ScalarType::Double;
+  return {lazy ? nullptr : u.const_data_ptr<float>(),
+          lazy ? u.const_data_ptr<double>() : nullptr,
           log_prior ? log_prior->const_data_ptr<float>() : nullptr,
           scalars.const_data_ptr<double>(),
           pending_index.const_data_ptr<int64_t>(),

@@ -22,12 +22,6 @@ using ChunkFunction = ChunkSums (*)(const float* u, const float* log_prior, int6
 
 namespace chunk_detail {
 
-#if defined(__GNUC__) && !defined(__clang__)
-// A comparison may raise the flag for NaN, which nobody reads; only so is it vectorised.
-#pragma GCC push_options
-#pragma GCC optimize("no-trapping-math")
-#endif
-
 #define ALS_INLINE inline __attribute__((always_inline))
 
 constexpr int kLanes = 128;
@@ -157,10 +151,6 @@ __attribute__((target("avx512f,avx512dq,fma"))) inline ChunkSums sum_chunk_avx51
 #endif
 
 #undef ALS_INLINE
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC pop_options
-#endif
-
 }  // namespace chunk_detail
 
 inline ChunkFunction chunk_function(CpuLevel level) {

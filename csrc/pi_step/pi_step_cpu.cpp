@@ -4,26 +4,16 @@
 #include "common/parallel.h"
 #include "pi_step/pi_step.h"
 #include "pi_step/pi_step_chunk.h"
+#include "pi_step/pi_step_lazy_cpu.h"
 
 namespace als {
 namespace {
 
 constexpr int64_t kGrain = 4;  // chunks that are worth a thread
 
-// A batch: ascending indices; the first of equal ones holds their sum, the others are skipped.
-struct Batch {
-  const int64_t* index;
-  const double* grad;
-  int64_t size;
-
-  bool counts(int64_t p, int64_t n) const {
-    return (p == 0 || index[p] != index[p - 1]) && index[p] >= 0 && index[p] < n;
-  }
-};
-
 // Lift the batch out, add up the rest, put the batch back; without `advance` only
 // the normalisers are wanted.
-void pass(float* u, const float* log_prior, double* scalars, int64_t n, const Batch& batch,
+void pass(float* u, const float* log_prior, double* scalars, int64_t n, const PiBatch& batch,
           const PiRule& rule, const PiPlan& plan, bool advance) {
   std::vector<float> lifted(batch.size);
   for (int64_t p = 0; p < batch.size; ++p) {
@@ -67,12 +57,18 @@ void pass(float* u, const float* log_prior, double* scalars, int64_t n, const Ba
   scalars[kPiLogMeanHalf] = half.log_mean(n);
 }
 
+PiLazyState lazy_state(const Tensor& u, const Tensor& scalars, const Tensor& sums,
+                       const float* log_prior) {
+  return {u.mutable_data_ptr<double>(), log_prior, scalars.mutable_data_ptr<double>(),
+          sums.mutable_data_ptr<double>(), u.size(0)};
+}
+
 void pi_step_cpu(Tensor u, Tensor scalars, Tensor skipped, Tensor pending_index,
-                 Tensor pending_grad, std::optional<Tensor> log_prior, Tensor index, Tensor order,
-                 Tensor loss, std::optional<Tensor> found_inf, double rho, double step,
-                 double prior) {
+                 Tensor pending_grad, std::optional<Tensor> log_prior, std::optional<Tensor> sums,
+                 Tensor index, Tensor order, Tensor loss, std::optional<Tensor> found_inf,
+                 double rho, double step, double prior) {
   const PiRule rule =
-      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, rho, step, prior);
+      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, sums, rho, step, prior);
   check_pi_batch(u, skipped, pending_index, index, order, loss, found_inf);
   if (found_inf && *found_inf->const_data_ptr<float>() != 0.0f) return;
   const int64_t n = u.size(0);
@@ -100,29 +96,34 @@ void pi_step_cpu(Tensor u, Tensor scalars, Tensor skipped, Tensor pending_index,
   std::fill(keys + size, keys + pending_index.size(0), std::numeric_limits<int64_t>::max());
   std::fill(grads + size, grads + pending_grad.size(0), 0.0);
   *skipped.mutable_data_ptr<int64_t>() += unusable;
+  const PiBatch batch{keys, grads, size};
+  const float* prior_of = log_prior ? log_prior->const_data_ptr<float>() : nullptr;
+  if (sums) return lazy_step(lazy_state(u, scalars, *sums, prior_of), batch, rule);
   auto* state = scalars.mutable_data_ptr<double>();
   state[kPiHasPending] = 1.0;
-  pass(u.mutable_data_ptr<float>(), log_prior ? log_prior->const_data_ptr<float>() : nullptr, state,
-       n, {keys, grads, size}, rule, plan_step(state, rule), true);
+  pass(u.mutable_data_ptr<float>(), prior_of, state, n, batch, rule, plan_step(state, rule), true);
 }
 
 void pi_normalize_cpu(Tensor u, Tensor scalars, Tensor pending_index, Tensor pending_grad,
-                      std::optional<Tensor> log_prior, double rho, double step, double prior) {
+                      std::optional<Tensor> log_prior, std::optional<Tensor> sums, double rho,
+                      double step, double prior) {
   const PiRule rule =
-      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, rho, step, prior);
+      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, sums, rho, step, prior);
+  const PiBatch batch{pending_index.const_data_ptr<int64_t>(),
+                      pending_grad.const_data_ptr<double>(), pending_index.size(0)};
+  const float* prior_of = log_prior ? log_prior->const_data_ptr<float>() : nullptr;
+  if (sums) return lazy_normalize(lazy_state(u, scalars, *sums, prior_of), batch, rule);
   auto* state = scalars.mutable_data_ptr<double>();
-  pass(u.mutable_data_ptr<float>(), log_prior ? log_prior->const_data_ptr<float>() : nullptr, state,
-       u.size(0),
-       {pending_index.const_data_ptr<int64_t>(), pending_grad.const_data_ptr<double>(),
-        pending_index.size(0)},
-       rule, plan_same(state), false);
+  pass(u.mutable_data_ptr<float>(), prior_of, state, u.size(0), batch, rule, plan_same(state),
+       false);
 }
 
 Tensor pi_weight_cpu(Tensor u, Tensor scalars, Tensor pending_index, Tensor pending_grad,
-                     std::optional<Tensor> log_prior, std::optional<Tensor> index, double rho,
-                     double step, double prior, bool half, bool log) {
+                     std::optional<Tensor> log_prior, std::optional<Tensor> sums,
+                     std::optional<Tensor> index, double rho, double step, double prior, bool half,
+                     bool log) {
   const PiRule rule =
-      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, rho, step, prior);
+      check_pi_state(u, scalars, pending_index, pending_grad, log_prior, sums, rho, step, prior);
   const PiView view = view_of(u, scalars, pending_index, pending_grad, log_prior, rule);
   const Tensor keys = check_pi_index(u, index);
   const int64_t* wanted = index ? keys.const_data_ptr<int64_t>() : nullptr;

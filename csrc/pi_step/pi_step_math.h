@@ -62,15 +62,17 @@ ALS_HOST_DEVICE double ascent(double g, double step) {
   return fmin(fmax(step * g, -kPiLimit), kPiLimit);
 }
 
-// u of an entry of the batch after the step.
-ALS_HOST_DEVICE float advance_entry(float u, double ascent, const PiPlan& plan) {
+// u (float, or double in a lazy state) of an entry of the batch after the step.
+template <typename U>
+ALS_HOST_DEVICE U advance_entry(U u, double ascent, const PiPlan& plan) {
   const double r = plan.decay * (plan.scale * u + ascent) - plan.shift;
-  return static_cast<float>(r / plan.new_scale);
+  return static_cast<U>(r / plan.new_scale);
 }
 
 // u of any other entry when the plan says rewrite.
-ALS_HOST_DEVICE float rewrite_entry(float u, const PiPlan& plan) {
-  return static_cast<float>((plan.decay * plan.scale * u - plan.shift) / plan.new_scale);
+template <typename U>
+ALS_HOST_DEVICE U rewrite_entry(U u, const PiPlan& plan) {
+  return static_cast<U>((plan.decay * plan.scale * u - plan.shift) / plan.new_scale);
 }
 
 // A sum of powers of two, kept as sum * 2^max.
@@ -133,7 +135,8 @@ ALS_HOST_DEVICE int64_t lower_bound(const int64_t* values, int64_t count, int64_
 
 // Read access to a distribution.
 struct PiView {
-  const float* u;                // [n]
+  const float* u;                // [n], or null in a lazy state
+  const double* lazy_u;          // [n], or null in a dense one
   const float* log_prior;        // [n] log(n prior_i), or null for a uniform prior
   const double* scalars;         // [kPiScalars]
   const int64_t* pending_index;  // [capacity] ascending; the first of equal indices holds the sum
@@ -146,7 +149,8 @@ struct PiView {
 ALS_HOST_DEVICE double log_weight(const PiView& p, int64_t i, bool half) {
   if (i < 0 || i >= p.n) return NAN;
   const double prior = p.log_prior ? p.rule.prior * p.log_prior[i] : 0.0;
-  const double r = p.scalars[kPiScale] * p.u[i];
+  const double u = p.lazy_u != nullptr ? p.lazy_u[i] : static_cast<double>(p.u[i]);
+  const double r = p.scalars[kPiScale] * u;
   if (!half || p.scalars[kPiHasPending] == 0.0) return prior + r - p.scalars[kPiLogMean];
   const int64_t at = lower_bound(p.pending_index, p.capacity, i);
   const double g = at < p.capacity && p.pending_index[at] == i ? p.pending_grad[at] : 0.0;
