@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from als_ext.ops._checks import check_choice, check_float, check_tensor
+from als_ext.ops._checks import check_choice, check_float, check_tensor, values_readable
 
 LOSS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SUMS = 90  # kPiSumsSize of pi_step_lazy_math.h
@@ -210,9 +210,7 @@ def pi_normalize_(state: PiState, rule: PiRule) -> None:
         [1.5, 0.5]
     """
     check_state(state)
-    torch.ops.als_ext.pi_normalize_.default(
-        *readable(state), *rule
-    )
+    torch.ops.als_ext.pi_normalize_.default(*readable(state), *rule)
     _bump(state.u, state.scalars, *_optional(state.sums))
 
 
@@ -260,28 +258,34 @@ def pi_weight(
 def step_unchecked(
     state: PiState, rule: PiRule, index: Tensor, loss: Tensor, found_inf: Tensor | None
 ) -> None:
-    """:func:`pi_step_` without its checks; raises for an index out of range on the CPU all the
-    same, because sorting makes that free."""
-    ordered, order = torch.sort(index, stable=True)
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.shape[0]:
-        _check_range(index, int(ordered[0]), int(ordered[-1]), state.u.shape[0])
-    torch.ops.als_ext.pi_step_.default(
-        *state, ordered, order, loss.detach().double().contiguous(), found_inf, *rule
-    )
+    """:func:`pi_step_` without its checks, but for the range of index on the CPU."""
+    order = None
+    loss = loss.detach().contiguous()
+    if loss.dtype not in (torch.float32, torch.float64):
+        loss = loss.float()
+    given = index = index.contiguous()
+    if index.device.type != "cpu":
+        index, order = torch.sort(index, stable=True)
+    try:
+        torch.ops.als_ext.pi_step_.default(*state, index, order, loss, found_inf, *rule)
+    except RuntimeError:
+        if values_readable(given):
+            _check_range(given, state.u.shape[0])
+        raise
     _bump(*state[:5], *_optional(state.sums))
 
 
 def weight_unchecked(
     state: PiState, rule: PiRule, index: Tensor | None, *, half: bool, log: bool
 ) -> Tensor:
-    """:func:`pi_weight` without its checks."""
-    weight: Tensor = torch.ops.als_ext.pi_weight.default(
-        *readable(state),
-        index,
-        *rule,
-        half,
-        log,
-    )
+    """:func:`pi_weight` without its checks, but for the range of index on the CPU."""
+    weight: Tensor
+    try:
+        weight = torch.ops.als_ext.pi_weight.default(*readable(state), index, *rule, half, log)
+    except RuntimeError:
+        if index is not None and values_readable(index):
+            _check_range(index, state.u.shape[0])
+        raise
     return weight
 
 
@@ -320,13 +324,11 @@ def check_state(state: PiState) -> None:
 
 
 def check_index(u: Tensor, index: Tensor, *, wait: bool = False) -> None:
-    """Check indices into u; on CUDA their range only if ``wait``, because it waits."""
+    """Check indices into u; their range only if ``wait``: on CUDA that waits, and on the CPU the
+    operators look by themselves."""
     check_tensor("index", index, shape=("B",), dtypes=[torch.int64], like=u)
-    if torch.compiler.is_compiling() or not index.numel():
-        return
-    if wait or index.device.type == "cpu":
-        low, high = index.aminmax()
-        _check_range(index, int(low), int(high), u.shape[0])
+    if wait and not torch.compiler.is_compiling():
+        _check_range(index, u.shape[0])
 
 
 def check_batch(u: Tensor, index: Tensor, loss: Tensor, found_inf: Tensor | None) -> int:
@@ -339,9 +341,10 @@ def check_batch(u: Tensor, index: Tensor, loss: Tensor, found_inf: Tensor | None
     return index.shape[0]
 
 
-def _check_range(index: Tensor, low: int, high: int, n: int) -> None:
-    if low < 0 or high >= n:
-        at = int(((index < 0) | (index >= n)).nonzero()[0])
+def _check_range(index: Tensor, n: int) -> None:
+    wrong = (index < 0) | (index >= n)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
         raise ValueError(
             f"index: expected values in [0, {n}), got {int(index[at])} at position {at}"
         )
@@ -367,7 +370,7 @@ def _fake_step(
     log_prior: Tensor | None,
     sums: Tensor | None,
     index: Tensor,
-    order: Tensor,
+    order: Tensor | None,
     loss: Tensor,
     found_inf: Tensor | None,
     rho: float,

@@ -59,15 +59,14 @@ inline PiRule check_pi_state(const Tensor& u, const Tensor& scalars, const Tenso
 }
 
 inline void check_pi_batch(const Tensor& u, const Tensor& skipped, const Tensor& pending_index,
-                           const Tensor& index, const Tensor& order, const Tensor& loss,
+                           const Tensor& index, const Tensor& loss,
                            const std::optional<Tensor>& found_inf) {
   check_dtype(skipped, ScalarType::Long, "skipped");
   check_same_device(skipped, u, "skipped");
   ALS_CHECK(skipped.numel() == 1, "skipped: expected one element, got ", skipped.numel());
   check_pi_tensor(index, ScalarType::Long, u, "index");
-  check_pi_tensor(order, ScalarType::Long, u, "order");
-  check_size(order, 0, index.size(0), "order");
-  check_pi_tensor(loss, ScalarType::Double, u, "loss");
+  const bool single = loss.scalar_type() == ScalarType::Float;
+  check_pi_tensor(loss, single ? ScalarType::Float : ScalarType::Double, u, "loss");
   check_size(loss, 0, index.size(0), "loss");
   ALS_CHECK(pending_index.size(0) >= index.size(0), "pending_index: expected at least ",
             index.size(0), " entries, got ", pending_index.size(0));
@@ -84,7 +83,14 @@ inline Tensor check_pi_index(const Tensor& u, const std::optional<Tensor>& index
   check_dim(*index, 1, "index");
   check_dtype(*index, ScalarType::Long, "index");
   check_same_device(*index, u, "index");
-  return torch::stable::contiguous(*index);
+  return index->is_contiguous() ? *index : torch::stable::contiguous(*index);
+}
+
+// The losses of a batch, in float32 or float64.
+inline PiLosses losses_of(const Tensor& loss) {
+  const bool single = loss.scalar_type() == ScalarType::Float;
+  return {single ? loss.const_data_ptr<float>() : nullptr,
+          single ? nullptr : loss.const_data_ptr<double>()};
 }
 
 inline PiView view_of(const Tensor& u, const Tensor& scalars, const Tensor& pending_index,

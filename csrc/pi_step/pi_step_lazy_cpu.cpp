@@ -1,5 +1,6 @@
 #include "pi_step/pi_step_lazy_cpu.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "common/parallel.h"
@@ -101,34 +102,35 @@ void exact_pass(const PiLazyState& s, const PiBatch& batch, const PiRule& rule, 
 void lazy_step(const PiLazyState& s, const PiBatch& batch, const PiRule& rule) {
   const PiLazyPlan plan = plan_lazy(s.scalars, rule);
   const double scale = plan.step.new_scale;
-  const double half_level = level_at(s.sums, rule.rho * scale);
-  PiChange change{};
-  const int64_t padded = (batch.size + kPiSumsLanes - 1) / kPiSumsLanes * kPiSumsLanes;
-  std::vector<double> old_u(padded, -INFINITY), new_u(padded, -INFINITY), x(padded, 0.0);
+  const int64_t room = (batch.size + kPiBatchRows - 1) / kPiBatchRows * kPiBatchRows;
+  std::vector<double> rows(4 * room);
+  double* const old_u = rows.data();
+  double* const new_u = old_u + room;
+  double* const x = new_u + room;
+  double* const gain = x + room;
+  std::vector<int64_t> index(batch.size);
   int64_t count = 0;
-  for (int64_t p = 0; p < batch.size; ++p) {  // entries lie all over u: many at once on their way
-    if (batch.counts(p, s.n)) __builtin_prefetch(s.u + batch.index[p], 1);
-  }
   for (int64_t p = 0; p < batch.size; ++p) {
     if (!batch.counts(p, s.n)) continue;
-    const int64_t i = batch.index[p];
-    const double gain = ascent(batch.grad[p], rule.step);
-    old_u[count] = s.u[i];
-    new_u[count] = advance_entry(s.u[i], gain, plan.step);
-    x[count] = prior_of(s, rule, i);
-    s.u[i] = new_u[count];
-    const double r = scale * new_u[count];
-    const double with = exp_of(x[count] + rule.rho * (r + gain) - half_level);
-    const double without = exp_of(x[count] + rule.rho * r - half_level);
-    change.half += with - without;
-    change.half_mass += with + without;
-    ++count;
+    gain[count] = ascent(batch.grad[p], rule.step);
+    index[count++] = batch.index[p];
+  }
+  // Entries lie all over u: with nothing to compute in between, many reads are on their way at
+  // once.
+  for (int64_t p = 0; p < count; ++p) old_u[p] = s.u[index[p]];
+  for (int64_t p = 0; p < count; ++p) x[p] = prior_of(s, rule, index[p]);
+  for (int64_t p = 0; p < count; ++p) new_u[p] = advance_entry(old_u[p], gain[p], plan.step);
+  for (int64_t p = 0; p < count; ++p) s.u[index[p]] = new_u[p];
+  const int64_t padded = (count + kPiBatchRows - 1) / kPiBatchRows * kPiBatchRows;
+  for (int64_t p = count; p < padded; ++p) {
+    old_u[p] = new_u[p] = -INFINITY;
+    x[p] = gain[p] = 0.0;
   }
   const auto n = static_cast<double>(s.n);
-  const int64_t used = (count + kPiSumsLanes - 1) / kPiSumsLanes * kPiSumsLanes;
   double moments[kPiMoments];
-  lazy_rows(cpu_level())
-      .change({old_u.data(), new_u.data(), x.data(), used}, PiFrame::of(s.sums), moments, change);
+  PiChange change = lazy_rows(cpu_level())
+                        .change({old_u, new_u, x, gain, padded}, PiFrame::of(s.sums), scale,
+                                rule.rho, level_at(s.sums, rule.rho * scale), moments);
   change.mass /= n;
   change.half /= n;
   change.half_mass /= n;

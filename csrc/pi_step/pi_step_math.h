@@ -113,24 +113,31 @@ ALS_HOST_DEVICE PiExponent exponent_of(double scale, const PiRule& rule) {
           static_cast<float>(kLog2E * rule.prior)};
 }
 
+// The losses of a batch: one of the two is null.
+struct PiLosses {
+  const float* single;
+  const double* twice;
+
+  ALS_HOST_DEVICE double operator[](int64_t i) const {
+    return single != nullptr ? static_cast<double>(single[i]) : twice[i];
+  }
+};
+
 // A loss takes part when it is finite as a float32.
 ALS_HOST_DEVICE bool usable_loss(double loss) {
   return loss <= 3.4028234663852886e38 && loss >= -3.4028234663852886e38;
 }
 
-// First position in ascending values[0..count) that is not below key.
+// First position in ascending values[0..count) that is not below key. No branch but the loop's: the
+// outcomes of comparisons cannot be predicted.
 ALS_HOST_DEVICE int64_t lower_bound(const int64_t* values, int64_t count, int64_t key) {
   int64_t low = 0;
-  while (count > 0) {
+  while (count > 1) {
     const int64_t half = count / 2;
-    if (values[low + half] < key) {
-      low += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
+    low += static_cast<int64_t>(values[low + half - 1] < key) * half;
+    count -= half;
   }
-  return low;
+  return low + static_cast<int64_t>(count == 1 && values[low] < key);
 }
 
 // Read access to a distribution.
@@ -143,18 +150,28 @@ struct PiView {
   const double* pending_grad;    // [capacity]
   int64_t n, capacity;
   PiRule rule;
+
+  ALS_HOST_DEVICE double entry(int64_t i) const {
+    return lazy_u != nullptr ? lazy_u[i] : static_cast<double>(u[i]);
+  }
+  ALS_HOST_DEVICE double prior_exponent(int64_t i) const {
+    return log_prior != nullptr ? rule.prior * log_prior[i] : 0.0;
+  }
 };
 
-// log(n pi_i), or of the half step's pi. NaN for an index outside [0, n).
-ALS_HOST_DEVICE double log_weight(const PiView& p, int64_t i, bool half) {
-  if (i < 0 || i >= p.n) return NAN;
-  const double prior = p.log_prior ? p.rule.prior * p.log_prior[i] : 0.0;
-  const double u = p.lazy_u != nullptr ? p.lazy_u[i] : static_cast<double>(p.u[i]);
+// log(n pi_i), or of the half step's pi, of the entry u with c log_prior = x.
+ALS_HOST_DEVICE double log_weight_of(const PiView& p, int64_t i, double u, double x, bool half) {
   const double r = p.scalars[kPiScale] * u;
-  if (!half || p.scalars[kPiHasPending] == 0.0) return prior + r - p.scalars[kPiLogMean];
+  if (!half || p.scalars[kPiHasPending] == 0.0) return x + r - p.scalars[kPiLogMean];
   const int64_t at = lower_bound(p.pending_index, p.capacity, i);
   const double g = at < p.capacity && p.pending_index[at] == i ? p.pending_grad[at] : 0.0;
-  return prior + p.rule.rho * (r + ascent(g, p.rule.step)) - p.scalars[kPiLogMeanHalf];
+  return x + p.rule.rho * (r + ascent(g, p.rule.step)) - p.scalars[kPiLogMeanHalf];
+}
+
+// NaN for an index outside [0, n).
+ALS_HOST_DEVICE double log_weight(const PiView& p, int64_t i, bool half) {
+  if (i < 0 || i >= p.n) return NAN;
+  return log_weight_of(p, i, p.entry(i), p.prior_exponent(i), half);
 }
 
 }  // namespace als
