@@ -24,6 +24,11 @@ from als_ext.ops.pi_step import (
 )
 
 MODES = ("auto", "dense", "lazy")
+# "auto": lazy from so many samples on. On the CPU a dense pass over 32768 samples takes as long as
+# the sums of a lazy step (bench/bench_pi_step.py, "crossover"), and so do 128 samples against one
+# of the batch's. No GPU was measured: a pass at memory speed is cheap there.
+LAZY_FROM = {"cpu": 32768, "cuda": 2**24}
+LAZY_PER_BATCH = 128
 SETTINGS = ("n", "lr", "decay", "temperature", "direction")
 CDF_SCALE = 2.0**61  # probabilities in fixed point: an integer sum is exact in any order
 
@@ -51,20 +56,22 @@ class SampleWeights:
         prior: π̂, [n] floating point, positive and finite, normalised here; None is uniform.
         temperature: T, above 1 / (1 + λγ); 1 is always allowed.
         direction: "max" or "min".
-        mode: "dense" (a step reads 4 bytes a sample) or "auto" (the same, today). "lazy" is not
-            available in this version.
+        mode: "dense": a step reads 4 bytes a sample. "lazy": its cost does not depend on n; a
+            bound on the error of the normaliser is computed each step, and where it exceeds 1e-8,
+            the step makes an exact pass by itself. "auto": lazy where n is large against the
+            largest batch so far (32768 + 128 B on the CPU), else dense.
         device: where the state lives; by default the prior's device, or torch's default.
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: an argument out of its range, or ``mode="lazy"``.
+        ValueError: an argument out of its range.
 
     Note:
         No gradient flows through weights or losses. :meth:`update_` and :meth:`weight` never wait
         for the device, work in ``torch.compile`` with fullgraph and in CUDA graphs (after one
         update with the largest batch), are untouched by autocast, and give the same bits from run
-        to run, whatever the number of threads. Memory: 4 bytes a sample, 8 with a prior. All
-        settings are fixed at construction.
+        to run, whatever the number of threads. Memory: 4 bytes a sample (8 if lazy), 4 more with a
+        prior. All settings are fixed at construction.
 
     Example:
         >>> import torch, als_ext
@@ -90,11 +97,6 @@ class SampleWeights:
     ) -> None:
         check_int("n", n, low=1)
         check_choice("mode", mode, MODES)
-        if mode == "lazy":
-            raise ValueError(
-                "mode: expected 'auto' or 'dense', got 'lazy', which is not available "
-                "in this version"
-            )
         self._rule = pi_rule(lr, decay, temperature, direction)
         self._settings: dict[str, Any] = dict(
             zip(SETTINGS, (n, float(lr), float(decay), float(temperature), direction), strict=True)
@@ -103,7 +105,9 @@ class SampleWeights:
         if device is None:
             device = torch.get_default_device() if log_prior is None else log_prior.device
         device = _usable(device)
-        self._state = pi_state(n, self._rule, log_prior=log_prior, device=device)
+        self._mode = mode
+        lazy = mode == "lazy" or (mode == "auto" and _lazy_pays(n, 0, device))
+        self._state = pi_state(n, self._rule, log_prior=log_prior, lazy=lazy, device=device)
 
     @property
     def n(self) -> int:
@@ -117,8 +121,9 @@ class SampleWeights:
 
     @property
     def mode(self) -> str:
-        """How a step is computed: "dense"."""
-        return "dense"
+        """How a step is computed: "dense" or "lazy". With "auto" it may turn from lazy to dense
+        when a larger batch comes."""
+        return "dense" if self._state.sums is None else "lazy"
 
     @property
     def device(self) -> torch.device:
@@ -200,6 +205,8 @@ class SampleWeights:
     def _reserve(self, size: int) -> None:
         """Make room for the half step of a larger batch; what is pending stays (a skipped step
         keeps it)."""
+        if self._mode == "auto" and not _lazy_pays(self.n, size, self.device):
+            self._make_dense()
         old = self._state
         more = size - old.pending_index.shape[0]
         self._state = old._replace(
@@ -208,6 +215,10 @@ class SampleWeights:
             ),
             pending_grad=torch.cat([old.pending_grad, old.pending_grad.new_zeros(more)]),
         )
+
+    def _make_dense(self) -> None:
+        if self._state.sums is not None:
+            self._state = self._state._replace(u=self._state.u.float(), sums=None)
 
     # ---- reading the distribution ------------------------------------------------------------
 
@@ -263,7 +274,8 @@ class SampleWeights:
     def entropy(self) -> Tensor:
         """−Σ π log π: 0-dim float64, nats, in [0, log n]."""
         weight, log_weight = self._weights()
-        return math.log(self.n) - (weight * log_weight).mean(dtype=torch.float64)
+        below = (weight * log_weight).mean(dtype=torch.float64)
+        return (math.log(self.n) - below).clamp_min(0.0)
 
     def effective_size(self) -> Tensor:
         """1 / Σ π²: 0-dim float64, in [1, n]; n under uniform π."""
@@ -342,7 +354,7 @@ class SampleWeights:
         check_index(self._state.u, index, wait=True)
         if index.shape[0] == 0:
             return
-        u, scalars, _, pending_index, pending_grad, log_prior = self._state
+        u, scalars, _, pending_index, pending_grad, log_prior, _ = self._state
         u[index] = -math.inf  # adds nothing to the normaliser
         others = u != -math.inf
         gone = (pending_index < self.n) & (pending_index >= 0)
@@ -354,7 +366,7 @@ class SampleWeights:
         share = share.mean()
         level = torch.where(share > 0, scalars[1] - share.log(), 0.0)
         r = level if log_prior is None else level + (1.0 - self._rule.prior) * log_prior[index]
-        u[index] = (r / scalars[0]).float()
+        u[index] = (r / scalars[0]).to(u.dtype)
         pi_normalize_(self._state, self._rule)
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,7 +383,8 @@ class SampleWeights:
         """Restore what :meth:`state_dict` returned, bit for bit, on this object's device.
 
         Args:
-            state_dict: from an object with the same n, settings and prior.
+            state_dict: from an object with the same n, settings and prior. "auto" takes over
+                whether it was lazy; between "dense" and "lazy" it is converted.
 
         Raises:
             ValueError: a key is missing, or n, a setting, the prior or a tensor differs; nothing
@@ -393,21 +406,32 @@ class SampleWeights:
                 pending_index=torch.empty_like(loaded.pending_index, device=self.device),
                 pending_grad=torch.empty_like(loaded.pending_grad, device=self.device),
             )
-        for target, source in zip(self._state[:5], loaded[:5], strict=True):
-            target.copy_(source)
+        if self._mode == "auto" and (self._state.sums is None) != (loaded.sums is None):
+            self._state = self._state._replace(
+                u=self._state.u.to(loaded.u.dtype),
+                sums=None if loaded.sums is None else loaded.sums.clone().to(self.device),
+            )
+        for target, source in zip(self._state, loaded, strict=True):
+            if target is not None and source is not None:
+                target.copy_(source)
+        if self._state.sums is not None and loaded.sums is None:
+            pi_normalize_(self._state, self._rule)
 
     def _check_loaded(self, loaded: PiState) -> None:
         for name, own, other in zip(PiState._fields, self._state, loaded, strict=True):
             key = f"state_dict[{name!r}]"
             if own is None or other is None:
-                if own is not other:
+                if own is not other and name != "sums":
                     want, got = ("None" if t is None else "a tensor" for t in (own, other))
                     raise ValueError(f"{key}: expected {want}, got {got}")
                 continue
             free = name.startswith("pending")
             shape = (loaded.pending_index.shape[0],) if free else tuple(own.shape)
             try:
-                check_tensor(key, other, shape=shape, dtypes=[own.dtype])
+                dtype = own.dtype
+                if name == "u":
+                    dtype = torch.float32 if loaded.sums is None else torch.float64
+                check_tensor(key, other, shape=shape, dtypes=[dtype])
             except TypeError as error:
                 raise ValueError(str(error)) from None
         prior = self._state.log_prior
@@ -428,16 +452,12 @@ class SampleWeights:
             ValueError: als_ext has no kernels for the device.
         """
         device = _usable(device)
-        u, scalars, skipped, pending_index, pending_grad, log_prior = self._state
-        self._state = PiState(
-            u.to(device),
-            scalars.to(device),
-            skipped.to(device),
-            pending_index.to(device),
-            pending_grad.to(device),
-            None if log_prior is None else log_prior.to(device),
-        )
+        self._state = PiState._make(None if t is None else t.to(device) for t in self._state)
         return self
+
+
+def _lazy_pays(n: int, batch: int, device: torch.device) -> bool:
+    return n >= LAZY_FROM[device.type] + LAZY_PER_BATCH * batch
 
 
 def _usable(device: torch.device | str) -> torch.device:
