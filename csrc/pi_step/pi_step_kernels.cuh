@@ -5,12 +5,6 @@
 
 #include "pi_step/pi_step_math.h"
 
-#ifdef __CUDACC__
-#define ALS_UNROLL _Pragma("unroll")
-#else  // emulated by a test
-#define ALS_UNROLL
-#endif
-
 namespace als {
 
 constexpr int kPiThreads = 256;
@@ -41,7 +35,7 @@ struct PiStepParams {
   const float* found_inf;  // [] or null
   const int64_t* index;    // [B] ascending
   const int64_t* order;    // [B] where they stood in the batch
-  const double* loss;      // [B]
+  PiLosses loss;           // [B]
   int64_t n, capacity, batch;
   int64_t tiles;   // a block
   int64_t blocks;  // of the pass
@@ -101,9 +95,9 @@ __global__ void __launch_bounds__(kPiThreads) pi_lift_kernel(PiStepParams p) {
 }
 
 // Adds up one value a thread in a fixed tree; the result is thread 0's.
-template <int kThreads>
-__device__ inline PiSums block_sum(PiSums mine) {
-  __shared__ PiSums slots[kThreads];
+template <int kThreads, typename Sums>
+__device__ inline Sums block_sum(Sums mine) {
+  __shared__ Sums slots[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   slots[thread] = mine;
   for (int step = kThreads / 2; step > 0; step /= 2) {
@@ -179,7 +173,7 @@ __global__ void __launch_bounds__(kPiThreads) pi_pass_kernel(PiStepParams p) {
     total.add(max, sum);
     half.add(max_half, sum_half);
   }
-  const PiSums sums = block_sum<kPiThreads>({{total.max, total.sum}, {half.max, half.sum}});
+  const PiSums sums = block_sum<kPiThreads>(PiSums{{total.max, total.sum}, {half.max, half.sum}});
   if (threadIdx.x == 0) p.partial[blockIdx.x] = sums;
 }
 
@@ -222,5 +216,3 @@ __global__ void __launch_bounds__(kPiThreads)
 }
 
 }  // namespace als
-
-#undef ALS_UNROLL

@@ -73,23 +73,13 @@ void exact_pass(const PiLazyState& s, const PiBatch& batch, const PiRule& rule, 
                               rule.rho * plan.new_scale, rule.prior);
   });
   PiNormalisers all;
-  for (const PiNormalisers& part : parts) {
-    all.total.add(part.total.max, part.total.sum);
-    all.half.add(part.half.max, part.half.sum);
-    all.low = std::min(all.low, part.low);
-    all.high = std::max(all.high, part.high);
-  }
+  for (const PiNormalisers& part : parts) all.add(part);
   for (int64_t p = 0; p < batch.size; ++p) {
     if (!batch.counts(p, s.n)) continue;
     const int64_t i = batch.index[p];
     s.u[i] = lifted[p];
-    if (lifted[p] == -INFINITY) continue;  // lifted out by the caller
-    const double r = plan.new_scale * lifted[p];
-    const double x = prior_of(s, rule, i);
-    all.total.add(kLog2E * (x + r), 1.0);
-    all.half.add(kLog2E * (x + rule.rho * (r + ascent(batch.grad[p], rule.step))), 1.0);
-    all.low = std::min(all.low, lifted[p]);
-    all.high = std::max(all.high, lifted[p]);
+    all.add_entry(lifted[p], prior_of(s, rule, i), ascent(batch.grad[p], rule.step), plan.new_scale,
+                  rule.rho);
   }
   s.scalars[kPiScale] = plan.new_scale;
   s.scalars[kPiLogMean] = all.total.log_mean(s.n);

@@ -58,6 +58,27 @@ enum PiSum : int {
   kPiSumsSize = kPiLow + kPiMoments,
 };
 
+// What some entries add to the normalisers, and where they lie.
+struct PiNormalisers {
+  LogSum total, half;
+  double low = INFINITY, high = -INFINITY;  // of u
+
+  ALS_HOST_DEVICE void add(const PiNormalisers& other) {
+    total.add(other.total.max, other.total.sum);
+    half.add(other.half.max, other.half.sum);
+    low = fmin(low, other.low);
+    high = fmax(high, other.high);
+  }
+  // One entry with c log_prior = x; gain: what the pending batch adds in the half step.
+  ALS_HOST_DEVICE void add_entry(double u, double x, double gain, double scale, double rho) {
+    if (!(u > -INFINITY)) return;  // lifted out
+    total.add(kLog2E * (x + scale * u), 1.0);
+    half.add(kLog2E * (x + rho * (scale * u + gain)), 1.0);
+    low = fmin(low, u);
+    high = fmax(high, u);
+  }
+};
+
 // What a step leaves to do.
 enum class PiDemand : int { kNothing = 0, kNormalisers = 1, kSums = 2 };
 

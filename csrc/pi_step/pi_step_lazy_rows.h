@@ -19,12 +19,6 @@ struct PiBatchRows {
   int64_t count;       // a multiple of kPiBatchRows
 };
 
-// What a chunk of entries adds to the normalisers at two scales.
-struct PiNormalisers {
-  LogSum total, half;
-  double low = INFINITY, high = -INFINITY;  // of the entries that are there
-};
-
 struct PiLazyRows {
   // What the batch's entries change, times n: the moments[kPiMoments] and the rest. The half step
   // goes from r = scale * new_u; half_level: its level.

@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#define __global__ static
+#define __global__ [[maybe_unused]] static
 #define __device__
 #define __host__
 #define __forceinline__ inline

@@ -171,7 +171,7 @@ struct Device {
     p.found_inf = &found_inf;
     p.index = index.data();
     p.order = order.data();
-    p.loss = loss.data();
+    p.loss = {nullptr, loss.data()};
     p.n = static_cast<int64_t>(u.size());
     p.capacity = static_cast<int64_t>(pending_index.size());
     p.batch = static_cast<int64_t>(index.size());
@@ -201,6 +201,7 @@ struct Device {
       z_half += std::exp(half[i]) / static_cast<double>(r.size());
     }
     const als::PiView view{u.data(),
+                           nullptr,
                            prior.empty() ? nullptr : prior.data(),
                            scalars.data(),
                            pending_index.data(),
@@ -274,6 +275,7 @@ TEST(DeviceWeight, ReadsABatchAndNanOutside) {
   Device device(10, true, {1, 1, 4}, 3);
   device.run(true, 1);
   const als::PiView view{device.u.data(),
+                         nullptr,
                          device.prior.data(),
                          device.scalars.data(),
                          device.pending_index.data(),
