@@ -24,11 +24,10 @@ from als_ext.ops.pi_step import (
 )
 
 MODES = ("auto", "dense", "lazy")
-# "auto": lazy from so many samples on. On the CPU a dense pass over 32768 samples takes as long as
-# the sums of a lazy step (bench/bench_pi_step.py, "crossover"), and so do 128 samples against one
-# of the batch's. No GPU was measured: a pass at memory speed is cheap there.
-LAZY_FROM = {"cpu": 32768, "cuda": 2**24}
-LAZY_PER_BATCH = 128
+# "auto": lazy from n = first + second * B on. On the CPU the batch's own work is in both modes, and a
+# lazy step is the faster one at every B from 8192 samples on (docs/performance.md). No GPU was
+# measured: there a dense pass goes at memory speed, while one block makes a lazy step.
+LAZY_FROM = {"cpu": (8192, 0), "cuda": (2**24, 4096)}
 SETTINGS = ("n", "lr", "decay", "temperature", "direction")
 CDF_SCALE = 2.0**61  # probabilities in fixed point: an integer sum is exact in any order
 
@@ -58,8 +57,8 @@ class SampleWeights:
         direction: "max" or "min".
         mode: "dense": a step reads 4 bytes a sample. "lazy": its cost does not depend on n; a
             bound on the error of the normaliser is computed each step, and where it exceeds 1e-8,
-            the step makes an exact pass by itself. "auto": lazy where n is large against the
-            largest batch so far (32768 + 128 B on the CPU), else dense.
+            the step makes an exact pass by itself. "auto": lazy from 8192 samples on on the CPU,
+            on CUDA from 2**24 + 4096 B with the largest batch B so far, else dense.
         device: where the state lives; by default the prior's device, or torch's default.
 
     Raises:
@@ -457,7 +456,8 @@ class SampleWeights:
 
 
 def _lazy_pays(n: int, batch: int, device: torch.device) -> bool:
-    return n >= LAZY_FROM[device.type] + LAZY_PER_BATCH * batch
+    least, per_batch = LAZY_FROM[device.type]
+    return n >= least + per_batch * batch
 
 
 def _usable(device: torch.device | str) -> torch.device:

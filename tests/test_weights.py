@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+import als_ext
 from als_ext import SampleWeights
 from als_ext.reference.pi_step import pi_step as softmax_step
 
@@ -454,10 +455,12 @@ def test_lazy_and_dense_are_the_same_distribution(device, generator):
     assert torch.equal(lazy.top(20), dense.top(20))
 
 
-def test_auto_is_lazy_where_n_is_large_against_the_batch():
+def test_auto_is_lazy_where_n_is_large_against_the_batch(monkeypatch):
+    assert SampleWeights(8191, device="cpu").mode == "dense"
+    assert SampleWeights(8192, device="cpu").mode == "lazy"
+    monkeypatch.setitem(als_ext.weights.LAZY_FROM, "cpu", (1000, 30))
     weights = SampleWeights(60_000, device="cpu")
     assert weights.mode == "lazy"
-    assert SampleWeights(1000, device="cpu").mode == "dense"
     index = torch.arange(128)
     weights.update_(index, index / 100)
     assert weights.mode == "lazy"
