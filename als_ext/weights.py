@@ -24,8 +24,8 @@ from als_ext.ops.pi_step import (
 )
 
 MODES = ("auto", "dense", "lazy")
-# "auto": lazy from n = first + second * B on. On the CPU the batch's own work is in both modes, and a
-# lazy step is the faster one at every B from 8192 samples on (docs/performance.md). No GPU was
+# "auto": lazy from n = first + second * B on. On the CPU the batch's own work is in both modes, and
+# a lazy step is the faster one at every B from 8192 samples on (docs/performance.md). No GPU was
 # measured: there a dense pass goes at memory speed, while one block makes a lazy step.
 LAZY_FROM = {"cpu": (8192, 0), "cuda": (2**24, 4096)}
 SETTINGS = ("n", "lr", "decay", "temperature", "direction")
