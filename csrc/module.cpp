@@ -38,11 +38,13 @@ void set_cpu_level(const std::string& name) {
       {"auto", als::CpuLevel::kAuto},
       {"baseline", als::CpuLevel::kBaseline},
       {"avx2", als::CpuLevel::kAvx2},
-      {"avx512", als::CpuLevel::kAvx512}};
+      {"avx512", als::CpuLevel::kAvx512},
+      {"avx512_bf16", als::CpuLevel::kAvx512Bf16}};
   const auto level = levels.find(name);
   if (level == levels.end()) {
-    throw std::invalid_argument("level: expected 'auto', 'baseline', 'avx2' or 'avx512', got '" +
-                                name + "'");
+    throw std::invalid_argument(
+        "level: expected 'auto', 'baseline', 'avx2', 'avx512' or 'avx512_bf16', got '" + name +
+        "'");
   }
   als::forced_cpu_level() = level->second;
 }
@@ -55,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu_capability,
         "Instruction sets of this processor that kernels can use.");
   m.def("set_cpu_level", &set_cpu_level,
-        "Caps the instruction set of the CPU kernels, for tests: 'auto', 'baseline', 'avx2' or "
-        "'avx512'.");
+        "Caps the instruction set of the CPU kernels, for tests: 'auto', 'baseline', 'avx2', "
+        "'avx512' "
+        "or 'avx512_bf16'.");
 }
