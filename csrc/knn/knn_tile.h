@@ -55,8 +55,8 @@ struct KnnTileKernel {
 };
 
 constexpr int kKnnMaxColumns = 32;
-// Units multiplied in one go: a panel slice of 192 x 32 of them is 24 KiB and stays in L1.
-constexpr int64_t kKnnDepth = 192;
+// Units multiplied in one go: a panel slice of 128 x 32 of them is 16 KiB and stays in L1.
+constexpr int64_t kKnnDepth = 128;
 
 inline int64_t knn_depth_blocks(int64_t depth) { return (depth + kKnnDepth - 1) / kKnnDepth; }
 

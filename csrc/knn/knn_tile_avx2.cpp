@@ -13,9 +13,13 @@ constexpr int kRows = 6;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
-inline __attribute__((always_inline)) uint32_t mask_greater(__m256 a, __m256 b) {
+typedef uint32_t Mask;
+
+inline __attribute__((always_inline)) Mask mask_greater(__m256 a, __m256 b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }
+inline __attribute__((always_inline)) bool any(Mask a, Mask b) { return (a | b) != 0; }
+inline __attribute__((always_inline)) uint32_t bits(Mask m) { return m; }
 
 inline __attribute__((always_inline)) void multiply_add(float query, Vec panel, Vec& sum) {
   sum += query * panel;

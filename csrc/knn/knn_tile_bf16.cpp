@@ -13,9 +13,13 @@ constexpr int kRows = 12;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
-inline __attribute__((always_inline)) uint32_t mask_greater(__m512 a, __m512 b) {
+typedef __mmask16 Mask;
+
+inline __attribute__((always_inline)) Mask mask_greater(__m512 a, __m512 b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
 }
+inline __attribute__((always_inline)) bool any(Mask a, Mask b) { return !_mm512_kortestz(a, b); }
+inline __attribute__((always_inline)) uint32_t bits(Mask m) { return m; }
 
 // A float here is the bits of two bf16 numbers; nothing computes with it.
 inline __attribute__((always_inline)) void multiply_add(float query, Vec panel, Vec& sum) {

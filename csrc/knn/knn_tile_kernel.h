@@ -1,6 +1,7 @@
 // Body of the scoring kernel, compiled once per instruction set: the including file sets the target
-// and defines kLanes (floats in a register), kRows (queries at a time), Vec, mask_greater and
-// multiply_add, which adds the products of one unit. No header is included here: an inline function
+// and defines kLanes (floats in a register), kRows (queries at a time), Vec and its
+// Mask of comparisons (mask_greater, any, bits), and multiply_add, which adds the products of one
+// unit. No header is included here: an inline function
 // of the standard library compiled for AVX-512 could replace its namesake in files that must run
 // everywhere.
 
@@ -70,14 +71,19 @@ inline __attribute__((always_inline)) void select(const KnnTileTask& t, int64_t 
     const Vec a = acc[i][0] - left;
     const Vec b = acc[i][1] - right;
     const Vec limit = cut[i] - Vec{};
-    const uint32_t mask = mask_greater(a, limit) | (mask_greater(b, limit) << kLanes);
-    if (__builtin_expect(mask != 0, 0)) push(t, group * kRows + i, mask, a, b, panel);
+    const Mask above = mask_greater(a, limit), beside = mask_greater(b, limit);
+    if (__builtin_expect(any(above, beside), 0)) {
+      push(t, group * kRows + i, bits(above) | bits(beside) << kLanes, a, b, panel);
+    }
   }
 }
 
 // One depth block of one group against one panel; block sums go through `scratch`.
 inline __attribute__((always_inline)) void score(const KnnTileTask& t, int64_t group, int64_t panel,
-                                                 int64_t begin, int64_t end) {
+                                                 int64_t begin, int64_t end, const float* next) {
+  // The groups share the work of bringing the next block into the cache.
+  const int64_t share = (end - begin) * kColumns / t.groups + 1;
+  for (int64_t at = 0; at < share; at += 16) __builtin_prefetch(next + group * share + at, 0, 2);
   Vec acc[kRows][2];
   multiply(t.query + (group * t.depth + begin) * kRows,
            t.database + (panel * t.depth + begin) * kColumns, end - begin, acc);
@@ -105,11 +111,14 @@ int64_t run(const KnnTileTask& t) {
   const int64_t depth = (t.depth + blocks - 1) / blocks;
   int64_t i = t.begin;
   for (int64_t panel = i * t.stride % t.panels; i < t.panels && !*t.stop; ++i) {
+    const int64_t following = (panel + t.stride) % t.panels;
     for (int64_t begin = 0; begin < t.depth; begin += depth) {
       const int64_t end = begin + depth < t.depth ? begin + depth : t.depth;
-      for (int64_t group = 0; group < t.groups; ++group) score(t, group, panel, begin, end);
+      const float* next =
+          t.database + (end < t.depth ? panel * t.depth + end : following * t.depth) * kColumns;
+      for (int64_t group = 0; group < t.groups; ++group) score(t, group, panel, begin, end, next);
     }
-    panel = (panel + t.stride) % t.panels;
+    panel = following;
   }
   return i;
 }
