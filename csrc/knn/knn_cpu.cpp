@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <numeric>
 
@@ -28,6 +29,7 @@
 #include "knn/knn.h"
 #include "knn/knn_list.h"
 #include "knn/knn_rows.h"
+#include "knn/knn_scan.h"
 #include "knn/knn_sums.h"
 #include "knn/knn_tile.h"
 
@@ -39,7 +41,12 @@ constexpr int64_t kStateBytes = int64_t{64} << 20;   // packed queries and candi
 constexpr int64_t kBlockBytes = int64_t{256} << 10;  // packed query block of a task: half of L2
 constexpr int64_t kBlockQueries = 192;
 constexpr int64_t kMinBlockQueries = 48;  // fewer would stream the panels too often
-constexpr int64_t kScanQueries = 16;      // up to here a float64 scan beats packing the database
+// Up to here a scan of the rows as they lie beats packing the database: in float64, or in float32
+// where differences are all that is wanted (kQuickScanQueries).
+constexpr int64_t kScanQueries = 8;
+constexpr int64_t kQuickScanQueries = 48;
+constexpr int64_t kQuickScanFeatures = 32;  // below, adding up the lanes costs more than the lanes
+constexpr int64_t kScanRows = 64;           // scanned at a time
 constexpr int64_t kMinTasks =
     32;  // smaller query blocks, then parts of the database, to have these
 constexpr double kNever = 3.4e38;  // above any score: the scoring kernel leaves the query alone
@@ -107,6 +114,8 @@ class Smallest {
     kept_.push_back(n);
     if (static_cast<int64_t>(kept_.size()) == size_) cut();
   }
+  // No neighbour of a larger distance can enter any more.
+  float largest() const { return full_ ? key_distance(last_.key) : INFINITY; }
   // At most k, ascending.
   std::vector<Neighbour>& sorted() {
     if (static_cast<int64_t>(kept_.size()) > k_) cut();
@@ -173,14 +182,15 @@ class Search {
         exact_(exact),
         sums_(knn_sums<Value>(cpu_level())),
         row_ops_(knn_rows<Value>(cpu_level())),
-        list_ops_(knn_list_ops(cpu_level())) {
+        list_ops_(knn_list_ops(cpu_level())),
+        scan_(knn_scan(cpu_level())) {
     set_tile(float_, float_tile(cpu_level()));
     if (use_bf16(dim)) set_tile(bf16_, bf16_tile());
     error_ = exact ? score_error(knn_tile_chain(float_.depth, 1)) : KnnError{0.0, 0.0};
   }
 
   void run(float* distance, int64_t* index) {
-    if (queries_ <= kScanQueries) {
+    if (queries_ <= (quick_scan() ? kQuickScanQueries : kScanQueries)) {
       scan_few(distance, index);
       return;
     }
@@ -202,12 +212,17 @@ class Search {
   void parallel_tasks(int64_t tasks, const Body& body) {
     std::atomic<int64_t> next{0};
     parallel_for(tasks, 1, [&](int64_t, int64_t) {
-      Worker worker{};
-      worker.search = this;
-      worker.row.resize(kMeasured * dim_);
-      worker.query.resize(dim_);
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, worker);
+      Worker w = worker();
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, w);
     });
+  }
+
+  Worker worker() {
+    Worker w{};
+    w.search = this;
+    w.row.resize(kMeasured * dim_);
+    w.query.resize(dim_);
+    return w;
   }
 
   // ---- rows and float64 distances ----
@@ -301,22 +316,67 @@ class Search {
     }
   }
 
+  bool quick_scan() const {
+    return std::is_same_v<T, float> && metric_ == KnnMetric::kL2 && dim_ >= kQuickScanFeatures;
+  }
+
+  // Rows [begin, end) for kKnnScanQueries queries from `first` on: float32 distances choose the
+  // rows to measure.
+  void scan_quickly(int64_t first, int64_t begin, int64_t end, Worker& w, Smallest* best) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const int64_t count = std::min<int64_t>(kKnnScanQueries, queries_ - first);
+      std::vector<float> queries(kKnnScanQueries * dim_, 0.0f);
+      std::copy_n(query_ + first * dim_, count * dim_, queries.data());
+      float d[kScanRows * kKnnScanQueries];
+      int64_t rows[kScanRows];
+      Neighbour near[kScanRows];
+      for (int64_t row = begin; row < end; row += kScanRows) {
+        const int64_t n = std::min(kScanRows, end - row);
+        scan_(queries.data(), database_ + row * dim_, n, dim_, d);
+        for (int64_t i = 0; i < count; ++i) {
+          const float limit = knn_scan_limit(best[i].largest(), dim_);
+          const int64_t self = self_of(first + i);
+          int64_t chosen = 0;
+          for (int64_t r = 0; r < n; ++r) {
+            rows[chosen] = row + r;
+            chosen += !(d[r * kKnnScanQueries + i] > limit) && row + r != self;
+          }
+          if (chosen == 0) continue;
+          measure_rows(rows, chosen, load_query(first + i, w), w, near);
+          for (int64_t r = 0; r < chosen; ++r) best[i].offer(near[r]);
+        }
+      }
+    }
+  }
+
   void scan_few(float* distance, int64_t* index) {
-    const int64_t part = std::max<int64_t>(2048, ceil_div(rows_, 64));
+    const int64_t part = std::clamp<int64_t>(ceil_div(rows_, 64), 512, 16384);
+    std::vector<Smallest> best(queries_, Smallest(k_));
+    std::mutex merging;
+    std::atomic<int64_t> next{0};
     const int64_t parts = ceil_div(rows_, part);
-    std::vector<std::vector<Neighbour>> lists(queries_ * parts);
-    parallel_tasks(queries_ * parts, [&](int64_t task, Worker& w) {
-      const int64_t begin = task / queries_ * part;  // all queries while a part is in the cache
-      Smallest best(std::min(k_, part));
-      scan(task % queries_, begin, std::min(begin + part, rows_), w, best);
-      lists[task] = std::move(best.sorted());
+    // Each thread keeps its own best of the parts it gets: which parts, does not show in the end.
+    parallel_for(parts, 1, [&](int64_t, int64_t) {
+      Worker w = worker();
+      std::vector<Smallest> own;
+      for (int64_t p; (p = next.fetch_add(1)) < parts;) {
+        own.resize(queries_, Smallest(k_));
+        const int64_t begin = p * part, end = std::min(begin + part, rows_);
+        if (quick_scan()) {
+          for (int64_t q = 0; q < queries_; q += kKnnScanQueries) {
+            scan_quickly(q, begin, end, w, &own[q]);
+          }
+        } else {
+          for (int64_t q = 0; q < queries_; ++q) scan(q, begin, end, w, own[q]);
+        }
+      }
+      const std::lock_guard<std::mutex> lock(merging);
+      for (size_t q = 0; q < own.size(); ++q) {
+        for (const Neighbour& n : own[q].sorted()) best[q].offer(n);
+      }
     });
     for (int64_t q = 0; q < queries_; ++q) {
-      Smallest best(k_);
-      for (int64_t p = 0; p < parts; ++p) {
-        for (const Neighbour& n : lists[p * queries_ + q]) best.offer(n);
-      }
-      write(best.sorted(), distance + q * k_, index + q * k_);
+      write(best[q].sorted(), distance + q * k_, index + q * k_);
     }
   }
 
@@ -692,8 +752,9 @@ class Search {
   KnnMetric metric_;
   bool exclude_self_, exact_;
   KnnSums<Value> sums_;
-  KnnRows<Value> row_ops_;
+  KnnRowOps<Value> row_ops_;
   KnnListOps list_ops_;
+  KnnScan scan_;
   Scorer float_, bf16_;  // bf16_ without a tile: not used
   KnnError error_{};
 

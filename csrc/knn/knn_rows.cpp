@@ -108,7 +108,7 @@ ALS_ROWS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 }  // namespace
 
 template <typename T>
-KnnRows<T> knn_rows(CpuLevel level) {
+KnnRowOps<T> knn_rows(CpuLevel level) {
 #if defined(__x86_64__)
   if (level >= CpuLevel::kAvx512) {
     return {centre_avx512<T>, pack_float_avx512, pack_bf16_avx512};
@@ -118,7 +118,7 @@ KnnRows<T> knn_rows(CpuLevel level) {
   return {centre_baseline<T>, pack_float_baseline, pack_bf16_baseline};
 }
 
-template KnnRows<float> knn_rows(CpuLevel);
-template KnnRows<double> knn_rows(CpuLevel);
+template KnnRowOps<float> knn_rows(CpuLevel);
+template KnnRowOps<double> knn_rows(CpuLevel);
 
 }  // namespace als

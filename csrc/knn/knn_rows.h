@@ -15,7 +15,7 @@ struct KnnPackedSquares {
 
 // T is float or double.
 template <typename T>
-struct KnnRows {
+struct KnnRowOps {
   // out = x * scale - mean; returns the sum of squares.
   double (*centre)(const T* x, double scale, const double* mean, int64_t dim, double* out);
   // units = row * scale in float32.
@@ -26,6 +26,6 @@ struct KnnRows {
 };
 
 template <typename T>
-KnnRows<T> knn_rows(CpuLevel level);
+KnnRowOps<T> knn_rows(CpuLevel level);
 
 }  // namespace als
