@@ -45,7 +45,8 @@ constexpr int64_t kMinBlockQueries = 48;  // fewer would stream the panels too o
 // where differences are all that is wanted (kQuickScanQueries).
 constexpr int64_t kScanQueries = 8;
 constexpr int64_t kQuickScanQueries = 48;
-constexpr int64_t kQuickScanFeatures = 32;  // below, adding up the lanes costs more than the lanes
+constexpr int64_t kQuickScanFeatures = 32;  // below, rows of whole vectors only
+constexpr int64_t kScanEntries = 1 << 18;   // 4 MiB of lists a thread
 constexpr int64_t kScanRows = 64;           // scanned at a time
 constexpr int64_t kMinTasks =
     32;  // smaller query blocks, then parts of the database, to have these
@@ -91,7 +92,13 @@ const KnnTileKernel& float_tile(CpuLevel level) {
   return knn_tile_baseline;
 }
 
-bool use_bf16(int64_t dim) { return cpu_has_bf16() && dim >= kBf16Features; }
+// Forced by a test: for rows of any length.
+bool use_bf16(int64_t dim) {
+  return cpu_has_bf16() &&
+         (dim >= kBf16Features || forced_cpu_level().load() == CpuLevel::kAvx512Bf16);
+}
+
+std::atomic<int64_t> given_up{0};
 
 const KnnTileKernel& bf16_tile() {
 #if defined(__x86_64__)
@@ -190,7 +197,8 @@ class Search {
   }
 
   void run(float* distance, int64_t* index) {
-    if (queries_ <= (quick_scan() ? kQuickScanQueries : kScanQueries)) {
+    if (queries_ <= (quick_scan() ? kQuickScanQueries : kScanQueries) &&
+        queries_ * (2 * k_ + 64) <= kScanEntries) {
       scan_few(distance, index);
       return;
     }
@@ -317,7 +325,8 @@ class Search {
   }
 
   bool quick_scan() const {
-    return std::is_same_v<T, float> && metric_ == KnnMetric::kL2 && dim_ >= kQuickScanFeatures;
+    return std::is_same_v<T, float> && metric_ == KnnMetric::kL2 &&
+           (dim_ >= kQuickScanFeatures || dim_ == 8 || dim_ == 16);
   }
 
   // Rows [begin, end) for kKnnScanQueries queries from `first` on: float32 distances choose the
@@ -333,15 +342,22 @@ class Search {
       for (int64_t row = begin; row < end; row += kScanRows) {
         const int64_t n = std::min(kScanRows, end - row);
         scan_(queries.data(), database_ + row * dim_, n, dim_, d);
+        float limit[kKnnScanQueries] = {};
+        int32_t any[kKnnScanQueries] = {};
+        for (int64_t i = 0; i < count; ++i) limit[i] = knn_scan_limit(best[i].largest(), dim_);
+        for (int64_t r = 0; r < n; ++r) {
+          for (int i = 0; i < kKnnScanQueries; ++i) {
+            any[i] |= !(d[r * kKnnScanQueries + i] > limit[i]);
+          }
+        }
         for (int64_t i = 0; i < count; ++i) {
-          const float limit = knn_scan_limit(best[i].largest(), dim_);
+          if (!any[i]) continue;
           const int64_t self = self_of(first + i);
           int64_t chosen = 0;
           for (int64_t r = 0; r < n; ++r) {
             rows[chosen] = row + r;
-            chosen += !(d[r * kKnnScanQueries + i] > limit) && row + r != self;
+            chosen += !(d[r * kKnnScanQueries + i] > limit[i]) && row + r != self;
           }
-          if (chosen == 0) continue;
           measure_rows(rows, chosen, load_query(first + i, w), w, near);
           for (int64_t r = 0; r < chosen; ++r) best[i].offer(near[r]);
         }
@@ -703,7 +719,10 @@ class Search {
     raise(slot, std::max(lower_[slot], relation.lowest_score(kth)));
     count_[slot] = k_;
     measured_[w.task] += count;
-    if (measured_[w.task] > block_ * rows_ / segments_ / kBf16Patience) stop_[w.task] = true;
+    if (!stop_[w.task] && measured_[w.task] > block_ * rows_ / segments_ / kBf16Patience) {
+      stop_[w.task] = true;
+      given_up.fetch_add(1, std::memory_order_relaxed);
+    }
   }
 
   void make_room(int64_t slot, Worker& w) {
@@ -807,6 +826,9 @@ KnnOutputs knn_cpu(const Tensor& query, const Tensor& database, int64_t k, int64
 }
 
 }  // namespace
+
+int64_t knn_bf16_given_up() { return given_up.load(); }
+
 }  // namespace als
 
 STABLE_TORCH_LIBRARY_IMPL(als_ext, CPU, m) { m.impl("knn", TORCH_BOX(&als::knn_cpu)); }

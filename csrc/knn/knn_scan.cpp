@@ -110,7 +110,11 @@ __attribute__((target("avx2,fma"))) void scan_avx2(const float* query, const flo
 __attribute__((target("avx512f,avx512vl,fma"))) void scan_avx512(const float* query,
                                                                  const float* rows, int64_t n,
                                                                  int64_t dim, float* out) {
-  scan<Vec16f, 4>(query, rows, n, dim, out);
+  if (dim == 8) {
+    scan<Vec8f, 4>(query, rows, n, dim, out);
+  } else {
+    scan<Vec16f, 4>(query, rows, n, dim, out);
+  }
 }
 #endif
 
