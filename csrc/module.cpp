@@ -13,6 +13,10 @@
 #define ALS_QUOTE_(x) #x
 #define ALS_QUOTE(x) ALS_QUOTE_(x)
 
+namespace als {
+int64_t knn_bf16_given_up();  // knn/knn.h, which needs torch
+}
+
 namespace {
 
 std::map<std::string, bool> cpu_capability() {
@@ -38,11 +42,13 @@ void set_cpu_level(const std::string& name) {
       {"auto", als::CpuLevel::kAuto},
       {"baseline", als::CpuLevel::kBaseline},
       {"avx2", als::CpuLevel::kAvx2},
-      {"avx512", als::CpuLevel::kAvx512}};
+      {"avx512", als::CpuLevel::kAvx512},
+      {"avx512_bf16", als::CpuLevel::kAvx512Bf16}};
   const auto level = levels.find(name);
   if (level == levels.end()) {
-    throw std::invalid_argument("level: expected 'auto', 'baseline', 'avx2' or 'avx512', got '" +
-                                name + "'");
+    throw std::invalid_argument(
+        "level: expected 'auto', 'baseline', 'avx2', 'avx512' or 'avx512_bf16', got '" + name +
+        "'");
   }
   als::forced_cpu_level() = level->second;
 }
@@ -54,7 +60,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Version, compiler and the torch whose headers were used.");
   m.def("cpu_capability", &cpu_capability,
         "Instruction sets of this processor that kernels can use.");
+  m.def("knn_bf16_given_up", &als::knn_bf16_given_up,
+        "Tasks of knn, so far, that began with bf16 scores and went on in float32.");
   m.def("set_cpu_level", &set_cpu_level,
-        "Caps the instruction set of the CPU kernels, for tests: 'auto', 'baseline', 'avx2' or "
-        "'avx512'.");
+        "Caps the instruction set of the CPU kernels, for tests: 'auto', 'baseline', 'avx2', "
+        "'avx512' "
+        "or 'avx512_bf16'.");
 }

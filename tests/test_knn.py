@@ -10,6 +10,16 @@ from als_ext.reference.knn import distances
 from als_ext.reference.knn import knn as knn_reference
 
 METRICS = ["l2", "cosine", "ip"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.fixture(params=[*LEVELS, pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request, cpu_level):
+    """Every test runs with every instruction set; bf16, so forced, also serves short rows."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    cpu_level(request.param)
+    return torch.device("cpu")
 
 
 def gaussian(rows, dim, device, seed=0):
@@ -258,12 +268,72 @@ def test_fast_returns_exact_distances_of_nearly_the_same_rows(device):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("level", ["avx2", "baseline"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_instruction_sets_agree_to_the_bit(level, metric, cpu_level):
     query, database = gaussian(50, 203, "cpu", 1) + 5, gaussian(1500, 203, "cpu") + 5
     want = knn(query, database, 70, metric=metric)
     cpu_level(level)
     assert_same(check(query, database, 70, metric=metric), want)
+
+
+needs_bf16 = pytest.mark.skipif(
+    not _library._C.cpu_capability().get("avx512bf16"), reason="no avx512_bf16"
+)
+
+
+def clustered(rows, dim, spread):
+    """Four clusters, their radius `spread` of their distance from one another."""
+    centres = gaussian(4, dim, "cpu", 2)
+    return centres[torch.arange(rows) % 4] + spread * gaussian(rows, dim, "cpu", 3)
+
+
+@needs_bf16
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_clusters_that_bf16_cannot_tell_apart(spread, metric, cpu_level):
+    database = clustered(30_000, 64, spread)
+    query = database[7:30_000:199]
+    cpu_level("avx512")
+    want = knn(query, database, 10, metric=metric)
+    cpu_level("avx512_bf16")
+    before = _library._C.knn_bf16_given_up()
+    assert_same(knn(query, database, 10, metric=metric), want)
+    assert_same([t[:20] for t in want], knn_reference(query[:20], database, 10, metric=metric))
+    if metric != "ip" and spread <= 1e-2:
+        assert _library._C.knn_bf16_given_up() > before
+
+
+@needs_bf16
+def test_bf16_serves_what_it_can_tell_apart(cpu_level):
+    cpu_level("avx512_bf16")
+    before = _library._C.knn_bf16_given_up()
+    for k in (1, 10, 300):
+        check(gaussian(60, 128, "cpu", 1), gaussian(9000, 128, "cpu"), k)
+    assert _library._C.knn_bf16_given_up() == before
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-20, 1e15, 1e30])
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_of_every_size(scale, metric, device):
+    """Elements over 30 orders of magnitude; some become subnormal or 0 in bf16."""
+    g = torch.Generator().manual_seed(0)
+    size = 10.0 ** (-30 * torch.rand(700, 40, generator=g, dtype=torch.float64))
+    database = (scale * size * torch.randn(700, 40, generator=g, dtype=torch.float64)).float()
+    database = database.to(device)
+    check(database[:60], database, 12, metric=metric)
+
+
+@pytest.mark.parametrize("rows", [40, 700])
+def test_a_few_queries_as_many(rows, device):
+    """The paths for few and for many queries agree, ties and all."""
+    points = gaussian(rows, 32, device)
+    points[rows // 2 :] = points[: rows - rows // 2]
+    want = knn(points, points, 20, exclude_self=True)
+    many = knn(points.repeat(3, 1), points, 21)
+    assert_same([t[:rows] for t in many], [t[rows : 2 * rows] for t in many])
+    assert_same(knn(points[:5], points, 21), [t[:5] for t in many])
+    check(points, points, 20, exclude_self=True)
+    assert not (want[1] == torch.arange(rows, device=device)[:, None]).any()
 
 
 def test_an_unknown_instruction_set_is_named():
@@ -438,7 +508,9 @@ def test_captured_in_a_cuda_graph(k):
 
 
 @pytest.mark.slow
-def test_extra_memory_is_bounded():
-    query, database = gaussian(300, 512, "cpu", 1), gaussian(150_000, 512, "cpu")
+@pytest.mark.parametrize("spread", [1.0, 1e-4])  # bf16 scores alone; then both kinds
+def test_extra_memory_is_bounded(spread):
+    database = clustered(150_000, 512, spread)
+    query = database[:300].clone()
     outputs = 300 * 1000 * 12
     assert peak_bytes(lambda: knn(query, database, 1000)) - outputs < 256 << 20

@@ -43,8 +43,8 @@ def knn(
 
     ``precision="exact"`` promises the set and the order of exactly these numbers, ties going to
     the lower index: under any shift of the data, zero padding, batch size, order of the database,
-    with equal norms and duplicates. float32 scores only pick the rows that are measured in
-    float64, and a bound on their error decides how many rows that must be.
+    with equal norms and duplicates. bf16 or float32 scores only pick the rows that are
+    measured in float64, and a bound on their error decides how many rows that must be.
 
     Args:
         query: [Q, D] float32, bfloat16, float16 or float64; D >= 1.

@@ -6,7 +6,8 @@
 
 namespace als {
 
-enum class CpuLevel : int { kAuto = -1, kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAvx512Bf16 can only be forced; kernels ask cpu_has_bf16().
+enum class CpuLevel : int { kAuto = -1, kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 inline CpuLevel best_cpu_level() {
 #if defined(__x86_64__)
@@ -31,6 +32,18 @@ inline CpuLevel cpu_level() {
   static const CpuLevel best = best_cpu_level();
   const CpuLevel forced = forced_cpu_level().load(std::memory_order_relaxed);
   return forced == CpuLevel::kAuto || forced > best ? best : forced;
+}
+
+// Whether the next kernel may use the bf16 dot products of AVX-512, a capability on top of kAvx512.
+inline bool cpu_has_bf16() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16") != 0;
+  const CpuLevel forced = forced_cpu_level().load(std::memory_order_relaxed);
+  return has && cpu_level() == CpuLevel::kAvx512 &&
+         (forced == CpuLevel::kAuto || forced == CpuLevel::kAvx512Bf16);
+#else
+  return false;
+#endif
 }
 
 }  // namespace als

@@ -1,22 +1,35 @@
 // knn on the CPU.
 //
-//   1. mean and extent of the database (float64)
-//   2. a block of queries x the whole database, float32 scores (knn_tile_kernel.h); a row whose
-//      score may belong to the k best goes to the query's list. A full list is cut back to what the
-//      error bound cannot exclude, or, where that is too much (ties), to the k best by float64.
+//   1. mean of some rows of the database, extent of all (float64)
+//   2. a block of queries x the whole database, bf16 or float32 scores (knn_tile_kernel.h); a row
+//      whose score may belong to the k best goes to the query's list. A full list is cut back to
+//      what the error bound cannot exclude, or, where that is too much (ties), to the k best by
+//      float64.
 //   3. what is left is measured in float64 and sorted
 //
 // So a row is only ever dropped when the bound, or its float64 distance, proves that k others come
 // first: the result does not depend on the order of the work, on threads or instruction sets.
+//
+// bf16 scores are twice as fast and 2^15 times less exact. A task (a block of queries and a part of
+// the database) begins with them and goes on in float32 when its lists have cost too much float64
+// work: entries carry their own error, so a list may hold both.
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <numeric>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "common/cpu_level.h"
 #include "common/parallel.h"
 #include "knn/knn.h"
+#include "knn/knn_list.h"
+#include "knn/knn_rows.h"
+#include "knn/knn_scan.h"
 #include "knn/knn_sums.h"
 #include "knn/knn_tile.h"
 
@@ -28,34 +41,71 @@ constexpr int64_t kStateBytes = int64_t{64} << 20;   // packed queries and candi
 constexpr int64_t kBlockBytes = int64_t{256} << 10;  // packed query block of a task: half of L2
 constexpr int64_t kBlockQueries = 192;
 constexpr int64_t kMinBlockQueries = 48;  // fewer would stream the panels too often
-constexpr int64_t kScanQueries = 16;      // up to here a float64 scan beats packing the database
+// Up to here a scan of the rows as they lie beats packing the database: in float64, or in float32
+// where differences are all that is wanted (kQuickScanQueries).
+constexpr int64_t kScanQueries = 8;
+constexpr int64_t kQuickScanQueries = 48;
+constexpr int64_t kQuickScanFeatures = 32;  // below, rows of whole vectors only
+constexpr int64_t kScanEntries = 1 << 18;   // 4 MiB of lists a thread
+constexpr int64_t kScanRows = 64;           // scanned at a time
 constexpr int64_t kMinTasks =
     32;  // smaller query blocks, then parts of the database, to have these
 constexpr double kNever = 3.4e38;  // above any score: the scoring kernel leaves the query alone
+constexpr float kMaxFloat = 3.4028235e38f;
+constexpr int64_t kBf16Features = 32;  // below, bf16 saves too little of a score
+constexpr int64_t kMeanRows = 4096;    // any centre is right; the mean of this many is a good one
+constexpr int64_t kMeasured = 4;       // rows measured at a time
+// Rows measured in float64 to make room, as a share of all: one costs about 15 float32 scores, so
+// what bf16 can lose on float32 is an eighth.
+constexpr int64_t kBf16Patience = 128;
 
-// Uninitialised, aligned for the vectors of the scoring kernel.
+// Uninitialised. On large pages where it is large: fewer of them to fault in and to look up.
 template <typename V>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size)
-      : data_(static_cast<V*>(::operator new(size * sizeof(V), std::align_val_t{64}))) {}
+  explicit Buffer(int64_t size) {
+    const size_t bytes = size * sizeof(V);
+    const std::align_val_t align{bytes < kHugePage ? 64 : kHugePage};
+    data_ = {static_cast<V*>(::operator new(bytes, align)), Free{align}};
+#if defined(__linux__)
+    if (bytes >= kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+  }
   V* get() const { return data_.get(); }
   V& operator[](int64_t i) const { return data_.get()[i]; }
 
  private:
+  static constexpr size_t kHugePage = size_t{2} << 20;
   struct Free {
-    void operator()(V* p) const { ::operator delete(p, std::align_val_t{64}); }
+    std::align_val_t align{64};
+    void operator()(V* p) const { ::operator delete(p, align); }
   };
   std::unique_ptr<V, Free> data_;
 };
 
-const KnnTileKernel& tile_kernel(CpuLevel level) {
+const KnnTileKernel& float_tile(CpuLevel level) {
 #if defined(__x86_64__)
   if (level == CpuLevel::kAvx512) return knn_tile_avx512;
   if (level == CpuLevel::kAvx2) return knn_tile_avx2;
 #endif
   return knn_tile_baseline;
+}
+
+// Forced by a test: for rows of any length.
+bool use_bf16(int64_t dim) {
+  return cpu_has_bf16() &&
+         (dim >= kBf16Features || forced_cpu_level().load() == CpuLevel::kAvx512Bf16);
+}
+
+std::atomic<int64_t> given_up{0};
+
+const KnnTileKernel& bf16_tile() {
+#if defined(__x86_64__)
+  return knn_tile_bf16;
+#else
+  return knn_tile_baseline;  // not reached
+#endif
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -71,6 +121,8 @@ class Smallest {
     kept_.push_back(n);
     if (static_cast<int64_t>(kept_.size()) == size_) cut();
   }
+  // No neighbour of a larger distance can enter any more.
+  float largest() const { return full_ ? key_distance(last_.key) : INFINITY; }
   // At most k, ascending.
   std::vector<Neighbour>& sorted() {
     if (static_cast<int64_t>(kept_.size()) > k_) cut();
@@ -98,12 +150,29 @@ class Search {
 
   struct Worker {
     Search* search;
-    std::vector<Value> row;      // one widened row
-    std::vector<double> query;   // one query row as distance() wants it
-    std::vector<double> bounds;  // lower bounds of the true scores in a list
-    std::vector<int64_t> rows;   // to be measured
-    Buffer<float> sums;
+    std::vector<Value> row;      // kMeasured widened rows
+    std::vector<double> query;   // one query row as distance() wants it, or a centred row
+    Buffer<float> units;         // packed rows, row by row
+    Buffer<float> sums;          // of the scoring kernel
+    std::vector<int32_t> order;  // scratch of the list operations
+    std::vector<float> score;    // lists of all segments of a query
+    std::vector<float> error;
+    std::vector<int64_t> index;
+    std::vector<Neighbour> near, scratch;
     int64_t first_slot = 0;
+    int64_t task = 0;
+  };
+
+  // One way of scoring, and the operands packed for it.
+  struct Scorer {
+    const KnnTileKernel* tile = nullptr;
+    int64_t depth = 0;  // units of a row
+    bool bf16 = false;
+    Buffer<float> query;                      // [groups][depth][rows]
+    Buffer<float> radius, spread;             // [span]
+    Buffer<float> packed;                     // [panels of a chunk][depth][columns]
+    Buffer<float> half_norm, norm, residual;  // of panels
+    int64_t packed_panel = -1;                // first panel of what is packed
   };
 
  public:
@@ -117,14 +186,19 @@ class Search {
         k_(k),
         metric_(metric),
         exclude_self_(exclude_self),
-        level_(cpu_level()),
-        tile_(tile_kernel(level_)),
-        sums_(knn_sums<Value>(level_)),
-        double_sums_(knn_sums<double>(level_)),
-        error_(exact ? score_error(knn_tile_chain(dim)) : KnnError{0.0, 0.0}) {}
+        exact_(exact),
+        sums_(knn_sums<Value>(cpu_level())),
+        row_ops_(knn_rows<Value>(cpu_level())),
+        list_ops_(knn_list_ops(cpu_level())),
+        scan_(knn_scan(cpu_level())) {
+    set_tile(float_, float_tile(cpu_level()));
+    if (use_bf16(dim)) set_tile(bf16_, bf16_tile());
+    error_ = exact ? score_error(knn_tile_chain(float_.depth, 1)) : KnnError{0.0, 0.0};
+  }
 
   void run(float* distance, int64_t* index) {
-    if (queries_ <= kScanQueries) {
+    if (queries_ <= (quick_scan() ? kQuickScanQueries : kScanQueries) &&
+        queries_ * (2 * k_ + 64) <= kScanEntries) {
       scan_few(distance, index);
       return;
     }
@@ -133,10 +207,7 @@ class Search {
     for (int64_t first = 0; first < queries_; first += span_) {
       const int64_t count = std::min(span_, queries_ - first);
       pack_queries(first, count);
-      for (int64_t panel = 0; panel < panels_; panel += chunk_) {
-        pack_database(panel, std::min(chunk_, panels_ - panel));
-        score_chunk(count);
-      }
+      for (int64_t panel = 0; panel < panels_; panel += chunk_) score_chunk(panel, count);
       parallel_tasks(count, [&](int64_t i, Worker& w) {
         finish(i, first + i, w, distance + (first + i) * k_, index + (first + i) * k_);
       });
@@ -149,9 +220,17 @@ class Search {
   void parallel_tasks(int64_t tasks, const Body& body) {
     std::atomic<int64_t> next{0};
     parallel_for(tasks, 1, [&](int64_t, int64_t) {
-      Worker worker{this, std::vector<Value>(dim_), std::vector<double>(dim_), {}, {}, {}};
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, worker);
+      Worker w = worker();
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, w);
     });
+  }
+
+  Worker worker() {
+    Worker w{};
+    w.search = this;
+    w.row.resize(kMeasured * dim_);
+    w.query.resize(dim_);
+    return w;
   }
 
   // ---- rows and float64 distances ----
@@ -166,11 +245,18 @@ class Search {
     }
   }
 
+  // 1 / |x| for cosine, else 1.
+  double scale_of(const Value* x) const {
+    if (metric_ != KnnMetric::kCosine) return 1.0;
+    double square;
+    sums_.square(&x, 1, dim_, &square);
+    return inverse_norm(square);
+  }
+
   // The query as distance() takes it: normalised for cosine. False: all zero under cosine.
   bool load_query(int64_t q, Worker& w) const {
     const Value* x = widened(query_, q, w.row.data());
-    double scale = 1.0;
-    if (metric_ == KnnMetric::kCosine) scale = inverse_norm(sums_.sum_of_squares(x, dim_));
+    const double scale = scale_of(x);
     for (int64_t j = 0; j < dim_; ++j) w.query[j] = static_cast<double>(x[j]) * scale;
     return scale != 0.0;
   }
@@ -182,22 +268,35 @@ class Search {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
   }
 
-  Neighbour neighbour(int64_t row, bool nonzero, Worker& w) const {
-    const Value* y = widened(database_, row, w.row.data());
+  // The distances of n rows to the loaded query.
+  void measure_rows(const int64_t* rows, int64_t n, bool nonzero, Worker& w, Neighbour* out) const {
     const double* q = w.query.data();
-    float d;
-    if (metric_ == KnnMetric::kIp) {
-      d = finish_distance(metric_, sums_.product(q, y, dim_));
-    } else if (metric_ == KnnMetric::kL2) {
-      d = finish_distance(metric_, sums_.squared_difference(q, y, dim_, 1.0));
-    } else {
-      const double scale = inverse_norm(sums_.sum_of_squares(y, dim_));
-      const bool defined = nonzero && scale != 0.0;
-      d = defined || std::isnan(scale)
-              ? finish_distance(metric_, sums_.squared_difference(q, y, dim_, scale))
-              : 1.0f;
+    const Value* at[kMeasured];
+    double sum[kMeasured], scale[kMeasured];
+    for (int64_t begin = 0; begin < n; begin += kMeasured) {
+      const int64_t count = std::min(kMeasured, n - begin);
+      for (int64_t r = 0; r < count; ++r) {
+        if (begin + kMeasured + r < n) prefetch(rows[begin + kMeasured + r]);
+        at[r] = widened(database_, rows[begin + r], w.row.data() + r * dim_);
+      }
+      if (metric_ == KnnMetric::kIp) {
+        sums_.product(q, at, count, dim_, sum);
+      } else if (metric_ == KnnMetric::kL2) {
+        sums_.difference(q, at, count, dim_, sum);
+      } else {
+        sums_.square(at, count, dim_, sum);
+        for (int64_t r = 0; r < count; ++r) scale[r] = inverse_norm(sum[r]);
+        sums_.scaled_difference(q, at, scale, count, dim_, sum);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        float d = finish_distance(metric_, sum[r]);
+        if (metric_ == KnnMetric::kCosine && (!nonzero || scale[r] == 0.0) &&
+            !std::isnan(scale[r])) {
+          d = 1.0f;
+        }
+        out[begin + r] = {distance_key(d), rows[begin + r]};
+      }
     }
-    return {distance_key(d), row};
   }
 
   int64_t self_of(int64_t q) const { return exclude_self_ ? q : -1; }
@@ -206,8 +305,15 @@ class Search {
   void scan(int64_t q, int64_t begin, int64_t end, Worker& w, Smallest& best) const {
     const bool nonzero = load_query(q, w);
     const int64_t self = self_of(q);
-    for (int64_t row = begin; row < end; ++row) {
-      if (row != self) best.offer(neighbour(row, nonzero, w));
+    int64_t rows[kMeasured];
+    Neighbour near[kMeasured];
+    for (int64_t first = begin; first < end; first += kMeasured) {
+      const int64_t count = std::min(kMeasured, end - first);
+      for (int64_t r = 0; r < count; ++r) rows[r] = first + r;
+      measure_rows(rows, count, nonzero, w, near);
+      for (int64_t r = 0; r < count; ++r) {
+        if (rows[r] != self) best.offer(near[r]);
+      }
     }
   }
 
@@ -218,56 +324,103 @@ class Search {
     }
   }
 
+  bool quick_scan() const {
+    return std::is_same_v<T, float> && metric_ == KnnMetric::kL2 &&
+           (dim_ >= kQuickScanFeatures || dim_ == 8 || dim_ == 16);
+  }
+
+  // Rows [begin, end) for kKnnScanQueries queries from `first` on: float32 distances choose the
+  // rows to measure.
+  void scan_quickly(int64_t first, int64_t begin, int64_t end, Worker& w, Smallest* best) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const int64_t count = std::min<int64_t>(kKnnScanQueries, queries_ - first);
+      std::vector<float> queries(kKnnScanQueries * dim_, 0.0f);
+      std::copy_n(query_ + first * dim_, count * dim_, queries.data());
+      float d[kScanRows * kKnnScanQueries];
+      int64_t rows[kScanRows];
+      Neighbour near[kScanRows];
+      for (int64_t row = begin; row < end; row += kScanRows) {
+        const int64_t n = std::min(kScanRows, end - row);
+        scan_(queries.data(), database_ + row * dim_, n, dim_, d);
+        float limit[kKnnScanQueries] = {};
+        int32_t any[kKnnScanQueries] = {};
+        for (int64_t i = 0; i < count; ++i) limit[i] = knn_scan_limit(best[i].largest(), dim_);
+        for (int64_t r = 0; r < n; ++r) {
+          for (int i = 0; i < kKnnScanQueries; ++i) {
+            any[i] |= !(d[r * kKnnScanQueries + i] > limit[i]);
+          }
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          if (!any[i]) continue;
+          const int64_t self = self_of(first + i);
+          int64_t chosen = 0;
+          for (int64_t r = 0; r < n; ++r) {
+            rows[chosen] = row + r;
+            chosen += !(d[r * kKnnScanQueries + i] > limit[i]) && row + r != self;
+          }
+          measure_rows(rows, chosen, load_query(first + i, w), w, near);
+          for (int64_t r = 0; r < chosen; ++r) best[i].offer(near[r]);
+        }
+      }
+    }
+  }
+
   void scan_few(float* distance, int64_t* index) {
-    const int64_t part = std::max<int64_t>(2048, ceil_div(rows_, 64));
+    const int64_t part = std::clamp<int64_t>(ceil_div(rows_, 64), 512, 16384);
+    std::vector<Smallest> best(queries_, Smallest(k_));
+    std::mutex merging;
+    std::atomic<int64_t> next{0};
     const int64_t parts = ceil_div(rows_, part);
-    std::vector<std::vector<Neighbour>> lists(queries_ * parts);
-    parallel_tasks(queries_ * parts, [&](int64_t task, Worker& w) {
-      const int64_t begin = task / queries_ * part;  // all queries while a part is in the cache
-      Smallest best(std::min(k_, part));
-      scan(task % queries_, begin, std::min(begin + part, rows_), w, best);
-      lists[task] = std::move(best.sorted());
+    // Each thread keeps its own best of the parts it gets: which parts, does not show in the end.
+    parallel_for(parts, 1, [&](int64_t, int64_t) {
+      Worker w = worker();
+      std::vector<Smallest> own;
+      for (int64_t p; (p = next.fetch_add(1)) < parts;) {
+        own.resize(queries_, Smallest(k_));
+        const int64_t begin = p * part, end = std::min(begin + part, rows_);
+        if (quick_scan()) {
+          for (int64_t q = 0; q < queries_; q += kKnnScanQueries) {
+            scan_quickly(q, begin, end, w, &own[q]);
+          }
+        } else {
+          for (int64_t q = 0; q < queries_; ++q) scan(q, begin, end, w, own[q]);
+        }
+      }
+      const std::lock_guard<std::mutex> lock(merging);
+      for (size_t q = 0; q < own.size(); ++q) {
+        for (const Neighbour& n : own[q].sorted()) best[q].offer(n);
+      }
     });
     for (int64_t q = 0; q < queries_; ++q) {
-      Smallest best(k_);
-      for (int64_t p = 0; p < parts; ++p) {
-        for (const Neighbour& n : lists[p * queries_ + q]) best.offer(n);
-      }
-      write(best.sorted(), distance + q * k_, index + q * k_);
+      write(best[q].sorted(), distance + q * k_, index + q * k_);
     }
   }
 
   // ---- centring ----
 
-  // Normalised (cosine) row minus the mean, unscaled; returns the sum of squares, not finite where
-  // the row is not.
-  double centred(const T* base, int64_t row, bool centre, Value* scratch, double* out,
+  // Normalised (cosine) row minus `mean`, unscaled, to w.query; returns the sum of squares, not
+  // finite where the row is not.
+  double centred(const T* base, int64_t row, const std::vector<double>& mean, Worker& w,
                  bool* zero) const {
-    const Value* x = widened(base, row, scratch);
-    double scale = 1.0;
-    if (metric_ == KnnMetric::kCosine) scale = inverse_norm(sums_.sum_of_squares(x, dim_));
+    const Value* x = widened(base, row, w.row.data());
+    const double scale = scale_of(x);
     *zero = scale == 0.0;
-    for (int64_t j = 0; j < dim_; ++j) out[j] = static_cast<double>(x[j]) * scale;
-    for (int64_t j = 0; centre && j < dim_; ++j) out[j] -= mean_[j];
-    return double_sums_.sum_of_squares(out, dim_);
+    return row_ops_.centre(x, scale, mean.data(), dim_, w.query.data());
   }
 
   // Mean, scale, largest norms. A row that is not finite counts nowhere: no score can choose it.
   void measure() {
-    const int64_t parts = std::min<int64_t>(64, ceil_div(rows_, 256));
-    const int64_t part = ceil_div(rows_, parts);
+    zero_.assign(dim_, 0.0);
     mean_.assign(dim_, 0.0);
-    std::vector<double> total(parts * dim_, 0.0), extent(parts, 0.0), norm(parts, 0.0);
-    std::vector<double> raw(parts, 0.0);
+    const int64_t samples = std::min(rows_, kMeanRows);
+    const int64_t parts = std::min<int64_t>(64, ceil_div(rows_, 256));
+    std::vector<double> total(parts * dim_, 0.0), norm(parts, 0.0);
     std::vector<int64_t> finite(parts, 0);
     std::atomic<bool> zeros{false};
     parallel_tasks(parts, [&](int64_t p, Worker& w) {
       bool zero = false;
-      for (int64_t row = p * part; row < std::min(rows_, (p + 1) * part); ++row) {
-        const double square = centred(database_, row, false, w.row.data(), w.query.data(), &zero);
-        if (!is_finite(square)) continue;
-        if (zero) zeros = true;
-        raw[p] = std::max(raw[p], square);
+      for (int64_t s = p * samples / parts; s < (p + 1) * samples / parts; ++s) {
+        if (!is_finite(centred(database_, s * rows_ / samples, zero_, w, &zero))) continue;
         finite[p] += 1;
         for (int64_t j = 0; j < dim_; ++j) total[p * dim_ + j] += w.query[j];
       }
@@ -279,50 +432,68 @@ class Search {
     }
     parallel_tasks(parts, [&](int64_t p, Worker& w) {
       bool zero = false;
-      for (int64_t row = p * part; row < std::min(rows_, (p + 1) * part); ++row) {
-        const double square = centred(database_, row, true, w.row.data(), w.query.data(), &zero);
+      for (int64_t row = p * rows_ / parts; row < (p + 1) * rows_ / parts; ++row) {
+        const double square = centred(database_, row, mean_, w, &zero);
         if (!is_finite(square)) continue;
+        if (zero) zeros = true;
         norm[p] = std::max(norm[p], square);
-        for (int64_t j = 0; j < dim_; ++j) extent[p] = std::max(extent[p], fabs(w.query[j]));
       }
     });
-    const auto largest = [](const std::vector<double>& v) {
-      return *std::max_element(v.begin(), v.end());
-    };
-    frame_ = KnnFrame::of(largest(extent), sqrt(largest(norm)), sqrt(largest(raw)), zeros);
+    const double largest = sqrt(*std::max_element(norm.begin(), norm.end()));
+    double mean = 0.0;
+    for (double m : mean_) mean += m * m;
+    // An element is no larger than its row, a row no longer than its distance from the mean and
+    // the mean; 1e-6 for the arithmetic.
+    frame_ = KnnFrame::of(largest, largest, (1.0 + 1e-6) * (largest + sqrt(mean)), zeros);
   }
 
   // ---- sizes ----
 
+  void set_tile(Scorer& s, const KnnTileKernel& tile) {
+    s.tile = &tile;
+    s.bf16 = tile.features == 2;
+    s.depth = ceil_div(dim_, tile.features);
+  }
+
   void plan() {
-    panels_ = ceil_div(rows_, tile_.columns);
-    chunk_ = std::clamp<int64_t>(kPackedBytes / (tile_.columns * dim_ * 4), 1, panels_);
-    capacity_ = std::min(4 * k_ + 256, rows_ + kKnnMaxColumns);
+    rows_at_once_ = float_.tile->rows;  // of both ways of scoring
+    columns_ = float_.tile->columns;
+    const Scorer& first = bf16_.bf16 ? bf16_ : float_;
+    panels_ = ceil_div(rows_, columns_);
+    const int64_t units = float_.depth + bf16_.depth;
+    chunk_ = std::clamp<int64_t>(kPackedBytes / (columns_ * units * 4), 1, panels_);
+    capacity_ = std::min(2 * k_ + 256, rows_ + kKnnMaxColumns);
     const int64_t entries = capacity_ * (sizeof(float) * 2 + sizeof(int64_t));
-    const int64_t fit = std::min({kBlockBytes / (4 * dim_), kBlockQueries, queries_ / kMinTasks});
+    const int64_t fit =
+        std::min({kBlockBytes / (4 * first.depth), kBlockQueries, queries_ / kMinTasks});
     block_ = std::min({std::max<int64_t>(fit, kMinBlockQueries), kStateBytes / entries,
-                       queries_ + tile_.rows - 1});
-    block_ = std::max<int64_t>(block_ / tile_.rows, 1) * tile_.rows;
+                       queries_ + rows_at_once_ - 1});
+    block_ = std::max<int64_t>(block_ / rows_at_once_, 1) * rows_at_once_;
     const int64_t blocks = ceil_div(queries_, block_);
     segments_ = std::min(
         {ceil_div(kMinTasks, blocks), kStateBytes / (block_ * entries), ceil_div(chunk_, 8)});
     segments_ = std::max<int64_t>(segments_, 1);
-    span_ = kStateBytes / (segments_ * entries + 4 * dim_) / block_ * block_;
+    span_ = kStateBytes / (segments_ * entries + 4 * units) / block_ * block_;
     span_ = std::clamp(span_, block_, blocks * block_);
     const int64_t slots = span_ * segments_;
-    packed_query_ = Buffer<float>(span_ * dim_);
     relation_ = Buffer<KnnRelation>(span_);
-    radius_ = Buffer<double>(slots);
+    self_ = Buffer<int64_t>(span_);
     lower_ = Buffer<double>(slots);
-    self_ = Buffer<int64_t>(slots);
+    limit_ = Buffer<float>(slots);
     count_ = Buffer<int64_t>(slots);
     entry_score_ = Buffer<float>(slots * capacity_);
-    entry_norm_ = Buffer<float>(slots * capacity_);
+    entry_error_ = Buffer<float>(slots * capacity_);
     entry_index_ = Buffer<int64_t>(slots * capacity_);
-    packed_ = Buffer<float>(chunk_ * dim_ * tile_.columns);
-    half_norm_ = Buffer<float>(chunk_ * tile_.columns);
-    norm_ = Buffer<float>(chunk_);
-    packed_panel_ = -1;
+    const int64_t tasks = slots / block_;
+    visits_.assign(tasks, 0);
+    measured_.assign(tasks, 0);
+    stop_ = Buffer<bool>(tasks);
+    for (Scorer* s : {&float_, &bf16_}) {
+      if (s->tile == nullptr) continue;
+      s->query = Buffer<float>(span_ * s->depth);
+      s->radius = Buffer<float>(span_);
+      s->spread = Buffer<float>(span_);
+    }
   }
 
   // ---- packing ----
@@ -335,120 +506,168 @@ class Search {
     return slot / (block_ * segments_) * block_ + slot % block_;
   }
 
+  // The row in w.query as row `r` of w.units, for transpose().
+  KnnPackedSquares pack_row(const Scorer& s, int64_t r, double scale, Worker& w) const {
+    const int64_t width = s.depth + 16;  // so that rows do not share their cache sets
+    if (w.units.get() == nullptr) w.units = Buffer<float>(kKnnMaxColumns * (float_.depth + 16));
+    float* out = w.units.get() + r * width;
+    if (s.bf16) return row_ops_.pack_bf16(w.query.data(), scale, dim_, out);
+    row_ops_.pack_float(w.query.data(), scale, dim_, out);
+    return {};
+  }
+
+  void transpose(const Scorer& s, int64_t rows, const Worker& w, float* out) const {
+    const int64_t width = s.depth + 16;
+    for (int64_t u = 0; u < s.depth; ++u, out += rows) {
+      for (int64_t r = 0; r < rows; ++r) out[r] = w.units[r * width + u];
+    }
+  }
+
   void pack_queries(int64_t first, int64_t count) {
     first_query_ = first;
-    const int64_t rows = tile_.rows;
     const int64_t padded = ceil_div(count, block_) * block_;
-    parallel_tasks(padded / rows, [&](int64_t group, Worker& w) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = group * rows + i;
-        float* out = packed_query_.get() + group * rows * dim_ + i;
-        KnnQuery query{};  // padding: not usable
-        if (at < count) {
-          query = pack_query(first + at, out, w);
-        } else {
-          for (int64_t j = 0; j < dim_; ++j) out[j * rows] = 0.0f;
+    const int64_t tasks = padded / block_ * segments_;
+    std::fill_n(measured_.begin(), tasks, 0);
+    std::fill_n(stop_.get(), tasks, bf16_.tile == nullptr);
+    parallel_tasks(padded / rows_at_once_, [&](int64_t group, Worker& w) {
+      for (Scorer* s : {&float_, &bf16_}) {
+        if (s->tile == nullptr) continue;
+        for (int64_t i = 0; i < rows_at_once_; ++i) {
+          const int64_t at = group * rows_at_once_ + i;
+          pack_query(*s, at, i, at < count, w);
         }
-        relation_[at] = query.relation;
-        for (int64_t s = 0; s < segments_; ++s) {
-          const int64_t slot = slot_of(at, s);
-          count_[slot] = 0;
-          self_[slot] = self_of(first + at);
-          lower_[slot] = query.usable ? -INFINITY : kNever;
-          radius_[slot] = query.radius;
-        }
+        transpose(*s, rows_at_once_, w, s->query.get() + group * rows_at_once_ * s->depth);
       }
     });
   }
 
-  KnnQuery pack_query(int64_t q, float* out, Worker& w) const {
-    const bool ip = metric_ == KnnMetric::kIp;
-    bool zero = false;
-    const double square = centred(query_, q, !ip, w.row.data(), w.query.data(), &zero);
-    double extent = 0.0, mean_product = 0.0;
-    for (int64_t j = 0; ip && j < dim_; ++j) {
-      extent = std::max(extent, fabs(w.query[j]));
-      mean_product += w.query[j] * mean_[j];
+  void pack_query(const Scorer& s, int64_t at, int64_t r, bool exists, Worker& w) {
+    KnnQuery query{};  // padding: not usable
+    double square = 0.0;
+    if (exists) {
+      const bool ip = metric_ == KnnMetric::kIp;
+      bool zero = false;
+      square = centred(query_, first_query_ + at, ip ? zero_ : mean_, w, &zero);
+      double extent = 0.0, mean_product = 0.0;
+      for (int64_t j = 0; ip && j < dim_; ++j) {
+        extent = std::max(extent, fabs(w.query[j]));
+        mean_product += w.query[j] * mean_[j];
+      }
+      query = make_query(metric_, frame_, error_, dim_, square, extent, mean_product, zero);
     }
-    const KnnQuery result =
-        make_query(metric_, frame_, error_, dim_, square, extent, mean_product, zero);
-    for (int64_t j = 0; j < dim_; ++j) {
-      out[j * tile_.rows] = result.usable ? static_cast<float>(w.query[j] * result.scale) : 0.0f;
+    if (!query.usable) std::fill(w.query.begin(), w.query.end(), 0.0);
+    const KnnPackedSquares packed = pack_row(s, r, query.scale, w);
+    relation_[at] = query.relation;
+    self_[at] = self_of(first_query_ + at);
+    KnnBf16Error error{query.radius, 0.0};
+    if (s.bf16 && query.usable) {
+      error = bf16_error(exact_ ? knn_tile_chain(s.depth, 2) : 0, query.scale * sqrt(square),
+                         sqrt(packed.packed), sqrt(packed.residual));
     }
-    return result;
+    s.radius[at] = knn_coefficient(error.radius);
+    s.spread[at] = knn_coefficient(error.spread);
+    for (int64_t segment = 0; segment < segments_; ++segment) {
+      const int64_t slot = slot_of(at, segment);
+      count_[slot] = 0;
+      raise(slot, query.usable ? -INFINITY : kNever);
+    }
   }
 
-  void pack_database(int64_t first, int64_t count) {
-    if (packed_panel_ == first && packed_count_ == count) return;
-    packed_panel_ = first;
-    packed_count_ = count;
-    const int64_t columns = tile_.columns;
+  void raise(int64_t slot, double lower) {
+    lower_[slot] = lower;
+    limit_[slot] = knn_limit(lower);
+  }
+
+  void pack_database(Scorer& s, int64_t first, int64_t count) {
+    if (s.packed_panel == first) return;
+    s.packed_panel = first;
+    if (s.packed.get() == nullptr) {
+      s.packed = Buffer<float>(chunk_ * s.depth * columns_);
+      s.half_norm = Buffer<float>(chunk_ * columns_);
+      s.norm = Buffer<float>(chunk_);
+      s.residual = Buffer<float>(chunk_);
+    }
     const double scale = frame_.scale;
     parallel_tasks(count, [&](int64_t p, Worker& w) {
-      double largest = 0.0;
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t row = (first + p) * columns + c;
-        float* out = packed_.get() + p * dim_ * columns + c;
+      double largest = 0.0, residual = 0.0;
+      for (int64_t c = 0; c < columns_; ++c) {
+        const int64_t row = (first + p) * columns_ + c;
         bool zero = false;
         const double square =
-            row < rows_
-                ? scale * scale * centred(database_, row, true, w.row.data(), w.query.data(), &zero)
-                : NAN;
+            row < rows_ ? scale * scale * centred(database_, row, mean_, w, &zero) : NAN;
         const bool usable = is_finite(square) && frame_.scorable;
-        for (int64_t j = 0; j < dim_; ++j) {
-          out[j * columns] = usable ? static_cast<float>(w.query[j] * scale) : 0.0f;
-        }
+        if (!usable) std::fill(w.query.begin(), w.query.end(), 0.0);
+        const KnnPackedSquares packed = pack_row(s, c, scale, w);
         double h = metric_ == KnnMetric::kIp ? 0.0 : 0.5 * square;
         if (zero) h += frame_.zero_offset();
-        half_norm_[p * columns + c] = usable ? static_cast<float>(h) : INFINITY;
-        if (usable) largest = std::max(largest, square);
+        s.half_norm[p * columns_ + c] = usable ? static_cast<float>(h) : INFINITY;
+        // max(square, packed): h is bounded by the norm too
+        if (usable) largest = std::max({largest, square, packed.packed});
+        residual = std::max(residual, packed.residual);
       }
-      norm_[p] = round_up(sqrt(largest));
+      transpose(s, columns_, w, s.packed.get() + p * s.depth * columns_);
+      s.norm[p] = round_up(sqrt(largest));
+      s.residual[p] = round_up((1.0 + 1e-6) * sqrt(residual));
     });
   }
 
   // ---- scoring ----
 
-  double offset() const { return frame_.has_zeros ? frame_.zero_offset() : 0.0; }
-  double square_error() const { return metric_ == KnnMetric::kIp ? 0.0 : error_.square; }
+  void score_chunk(int64_t panel, int64_t count) {
+    const int64_t panels = std::min(chunk_, panels_ - panel);
+    const int64_t tasks = ceil_div(count, block_) * segments_;
+    std::fill_n(visits_.begin(), tasks, 0);
+    if (!std::all_of(stop_.get(), stop_.get() + tasks, [](bool stop) { return stop; })) {
+      score(bf16_, panel, panels, count);
+    }
+    if (std::any_of(stop_.get(), stop_.get() + tasks, [](bool stop) { return stop; })) {
+      score(float_, panel, panels, count);
+    }
+  }
 
-  void score_chunk(int64_t count) {
-    const int64_t blocks = ceil_div(count, block_);
-    parallel_tasks(blocks * segments_, [&](int64_t task, Worker& w) {
+  // bf16: the tasks that have not stopped; float32: what those that have left undone.
+  void score(Scorer& s, int64_t first, int64_t count, int64_t queries) {
+    static constexpr bool kGoOn = false;
+    pack_database(s, first, count);
+    parallel_tasks(ceil_div(queries, block_) * segments_, [&](int64_t task, Worker& w) {
+      if (stop_[task] == s.bf16) return;
       const int64_t block = task / segments_;
       const int64_t segment = task % segments_;
-      const int64_t begin = packed_count_ * segment / segments_;
-      const int64_t end = packed_count_ * (segment + 1) / segments_;
-      if (begin == end) return;
-      const int64_t slot = task * block_;
-      const int64_t queries = std::min(block_, count - block * block_);
-      if (dim_ > kKnnDepth && w.sums.get() == nullptr) {
-        w.sums = Buffer<float>(block_ * tile_.columns);
-      }
-      w.first_slot = slot;
-      // Scattered order: rows sorted by distance would otherwise all pass the cut of their time.
+      const int64_t begin = count * segment / segments_;
+      const int64_t end = count * (segment + 1) / segments_;
       const int64_t panels = end - begin;
+      if (visits_[task] == panels) return;
+      if (s.depth > kKnnDepth && w.sums.get() == nullptr) {
+        w.sums = Buffer<float>(block_ * columns_);
+      }
+      const int64_t slot = task * block_;
+      w.first_slot = slot;
+      w.task = task;
+      // Scattered order: rows sorted by distance would otherwise all pass the cut of their time.
       int64_t stride = std::max<int64_t>(1, panels * 618 / 1000);
       while (std::gcd(stride, panels) != 1) ++stride;
       KnnTileTask t{};
-      t.dim = dim_;
-      t.groups = ceil_div(queries, tile_.rows);
-      t.query = packed_query_.get() + block * block_ * dim_;
+      t.depth = s.depth;
+      t.groups = ceil_div(std::min(block_, queries - block * block_), rows_at_once_);
+      t.query = s.query.get() + block * block_ * s.depth;
       t.panels = panels;
       t.stride = stride;
-      t.database = packed_.get() + begin * dim_ * tile_.columns;
-      t.half_norm = half_norm_.get() + begin * tile_.columns;
-      t.norm = norm_.get() + begin;
-      t.first_row = (packed_panel_ + begin) * tile_.columns;
-      t.lower = lower_.get() + slot;
-      t.radius = radius_.get() + slot;
-      t.square = square_error();
-      t.offset = offset();
+      t.begin = visits_[task];
+      t.database = s.packed.get() + begin * s.depth * columns_;
+      t.half_norm = s.half_norm.get() + begin * columns_;
+      t.norm = s.norm.get() + begin;
+      t.residual = s.residual.get() + begin;
+      t.first_row = (first + begin) * columns_;
+      t.lower = limit_.get() + slot;
+      t.radius = s.radius.get() + block * block_;
+      t.spread = s.spread.get() + block * block_;
+      t.square = metric_ == KnnMetric::kIp ? 0.0 : error_.square * (1.0 + kKnnMargin);
+      t.offset = frame_.has_zeros ? frame_.zero_offset() : 0.0;
       t.capacity = capacity_;
       t.count = count_.get() + slot;
-      t.self = self_.get() + slot;
+      t.self = self_.get() + block * block_;
       t.entry_score = entry_score_.get() + slot * capacity_;
-      t.entry_norm = entry_norm_.get() + slot * capacity_;
+      t.entry_error = entry_error_.get() + slot * capacity_;
       t.entry_index = entry_index_.get() + slot * capacity_;
       t.scratch = w.sums.get();
       t.owner = &w;
@@ -456,82 +675,54 @@ class Search {
         auto* worker = static_cast<Worker*>(owner);
         worker->search->make_room(worker->first_slot + at, *worker);
       };
-      tile_.run(t);
+      t.stop = s.bf16 ? &stop_[task] : &kGoOn;
+      visits_[task] = s.tile->run(t);
     });
   }
 
-  // Error of a score of a slot, as a function of the norm of its row.
-  auto error_of(int64_t slot) const {
-    return [radius = radius_[slot], square = square_error(), extra = offset()](double norm) {
-      return radius * norm + square * (0.5 * norm * norm + extra);
-    };
-  }
-
-  // Appends what the true scores of a slot's entries are at least.
-  void append_bounds(int64_t slot, std::vector<double>& bounds) const {
-    const float* score = entry_score_.get() + slot * capacity_;
-    const float* norm = entry_norm_.get() + slot * capacity_;
-    const auto error = error_of(slot);
-    const auto start = static_cast<int64_t>(bounds.size());
-    bounds.resize(start + count_[slot]);
-    double* out = bounds.data() + start;
-    for (int64_t e = 0; e < count_[slot]; ++e) out[e] = score[e] - error(norm[e]);
-  }
-
-  // A row of the result has at least this true score, given lower bounds of some rows' scores.
-  double lowest(int64_t i, std::vector<double>& bounds) const {
-    if (static_cast<int64_t>(bounds.size()) < k_) return -INFINITY;
-    std::nth_element(bounds.begin(), bounds.begin() + (k_ - 1), bounds.end(),
-                     std::greater<double>());
-    return relation_[i].lowest_score(relation_[i].distance_of(bounds[k_ - 1]));
+  // A row of the result of query i has at least this true score: k rows reach `bound`.
+  double lowest(int64_t i, float bound) const {
+    return relation_[i].lowest_score(relation_[i].distance_of(bound));
   }
 
   // Drops what the error bound excludes.
   void cut_by_bound(int64_t slot, Worker& w) {
-    w.bounds.clear();
-    append_bounds(slot, w.bounds);
-    const double lower = std::max(lower_[slot], lowest(query_of(slot), w.bounds));
-    const auto error = error_of(slot);
     float* score = entry_score_.get() + slot * capacity_;
-    float* norm = entry_norm_.get() + slot * capacity_;
-    int64_t* index = entry_index_.get() + slot * capacity_;
-    const int64_t count = count_[slot];
-    int64_t kept = 0;
-    for (int64_t e = 0; e < count; ++e) {  // no branch: every second one would be mispredicted
-      const float s = score[e], n = norm[e];
-      score[kept] = s;
-      norm[kept] = n;
-      index[kept] = index[e];
-      kept += s + error(n) >= lower;
-    }
-    lower_[slot] = lower;
-    count_[slot] = kept;
+    float* error = entry_error_.get() + slot * capacity_;
+    const int64_t n = count_[slot];
+    w.order.resize(capacity_);
+    const float bound = list_ops_.kth(score, error, n, k_, w.order.data());
+    raise(slot, std::max(lower_[slot], lowest(query_of(slot), bound)));
+    count_[slot] =
+        list_ops_.keep(score, error, entry_index_.get() + slot * capacity_, n, limit_[slot]);
   }
 
-  // Drops all but the k best by float64 distance.
+  // Drops all but the k best by float64 distance, and notes what that says of their scores.
   void cut_by_distance(int64_t slot, Worker& w) {
     const int64_t count = count_[slot];
     const int64_t i = query_of(slot);
-    const bool nonzero = load_query(first_query_ + i, w);
     const int64_t base = slot * capacity_;
-    // The pair keeps an entry's place, so that its score and norm move with it.
-    std::vector<std::pair<Neighbour, int64_t>> order(count);
-    for (int64_t e = 0; e < count; ++e) {
-      order[e] = {neighbour(entry_index_[base + e], nonzero, w), e};
-    }
-    const auto less = [](const auto& a, const auto& b) { return a.first < b.first; };
-    std::nth_element(order.begin(), order.begin() + (k_ - 1), order.end(), less);
-    const float kth = key_distance(order[k_ - 1].first.key);
-    lower_[slot] = std::max(lower_[slot], relation_[i].lowest_score(kth));
-    std::sort(order.begin(), order.begin() + k_,
-              [](const auto& a, const auto& b) { return a.second < b.second; });
+    const KnnRelation& relation = relation_[i];
+    w.near.resize(count);
+    measure_rows(&entry_index_[base], count, load_query(first_query_ + i, w), w, w.near.data());
+    std::nth_element(w.near.begin(), w.near.begin() + (k_ - 1), w.near.end());
+    const float kth = key_distance(w.near[k_ - 1].key);
     for (int64_t e = 0; e < k_; ++e) {
-      const int64_t from = base + order[e].second;
-      entry_score_[base + e] = entry_score_[from];
-      entry_norm_[base + e] = entry_norm_[from];
-      entry_index_[base + e] = entry_index_[from];
+      const float d = key_distance(w.near[e].key);
+      const double score = relation.score_of(d);
+      entry_index_[base + e] = w.near[e].index;
+      entry_score_[base + e] = static_cast<float>(score);
+      entry_error_[base + e] =
+          fabs(d) < 3.4e38 ? knn_coefficient(relation.error_of_score(d) + fabs(score) * kFloatUnit)
+                           : kMaxFloat;
     }
+    raise(slot, std::max(lower_[slot], relation.lowest_score(kth)));
     count_[slot] = k_;
+    measured_[w.task] += count;
+    if (!stop_[w.task] && measured_[w.task] > block_ * rows_ / segments_ / kBf16Patience) {
+      stop_[w.task] = true;
+      given_up.fetch_add(1, std::memory_order_relaxed);
+    }
   }
 
   void make_room(int64_t slot, Worker& w) {
@@ -541,56 +732,67 @@ class Search {
   }
 
   void finish(int64_t i, int64_t q, Worker& w, float* distance, int64_t* index) {
-    w.bounds.clear();
+    w.score.clear();
+    w.error.clear();
+    w.index.clear();
     double lower = -INFINITY;
     for (int64_t s = 0; s < segments_; ++s) {
-      append_bounds(slot_of(i, s), w.bounds);
-      lower = std::max(lower, lower_[slot_of(i, s)]);
+      const int64_t slot = slot_of(i, s);
+      const int64_t begin = slot * capacity_, end = begin + count_[slot];
+      w.score.insert(w.score.end(), &entry_score_[begin], &entry_score_[end]);
+      w.error.insert(w.error.end(), &entry_error_[begin], &entry_error_[end]);
+      w.index.insert(w.index.end(), &entry_index_[begin], &entry_index_[end]);
+      lower = std::max(lower, lower_[slot]);
     }
-    Smallest best(k_);
-    if (static_cast<int64_t>(w.bounds.size()) >= k_) {
-      lower = std::max(lower, lowest(i, w.bounds));
-      w.rows.clear();
-      for (int64_t s = 0; s < segments_; ++s) {
-        const int64_t slot = slot_of(i, s);
-        const auto error = error_of(slot);
-        for (int64_t e = slot * capacity_; e < slot * capacity_ + count_[slot]; ++e) {
-          if (entry_score_[e] + error(entry_norm_[e]) >= lower) w.rows.push_back(entry_index_[e]);
-        }
-      }
-      const bool nonzero = load_query(q, w);
-      for (size_t r = 0; r < w.rows.size(); ++r) {
-        if (r + 2 < w.rows.size()) prefetch(w.rows[r + 2]);
-        best.offer(neighbour(w.rows[r], nonzero, w));
-      }
-    } else {  // no scores for this query, or fewer than k finite rows
+    auto n = static_cast<int64_t>(w.index.size());
+    if (n < k_) {  // no scores for this query, or fewer than k finite rows
+      Smallest best(k_);
       scan(q, 0, rows_, w, best);
+      write(best.sorted(), distance, index);
+      return;
     }
-    write(best.sorted(), distance, index);
+    w.order.resize(n);
+    const float bound = list_ops_.kth(w.score.data(), w.error.data(), n, k_, w.order.data());
+    lower = std::max(lower, lowest(i, bound));
+    n = list_ops_.keep(w.score.data(), w.error.data(), w.index.data(), n, knn_limit(lower));
+    w.near.resize(n);
+    measure_rows(w.index.data(), n, load_query(q, w), w, w.near.data());
+    if (n > 2 * k_) {
+      std::nth_element(w.near.begin(), w.near.begin() + (k_ - 1), w.near.end());
+      w.near.resize(k_);
+    }
+    sort_neighbours(w.near, w.scratch);
+    write(w.near, distance, index);
   }
 
   const T* query_;     // [Q, D]
   const T* database_;  // [M, D]
   int64_t queries_, rows_, dim_, k_;
   KnnMetric metric_;
-  bool exclude_self_;
-  CpuLevel level_;
-  KnnTileKernel tile_;
+  bool exclude_self_, exact_;
   KnnSums<Value> sums_;
-  KnnSums<double> double_sums_;
-  KnnError error_;
+  KnnRowOps<Value> row_ops_;
+  KnnListOps list_ops_;
+  KnnScan scan_;
+  Scorer float_, bf16_;  // bf16_ without a tile: not used
+  KnnError error_{};
 
-  std::vector<double> mean_;
+  std::vector<double> mean_, zero_;
   KnnFrame frame_{};
 
-  int64_t panels_ = 0, chunk_ = 0;       // of the database; per packed chunk
-  int64_t block_ = 0, span_ = 0;         // queries per task; per round
-  int64_t segments_ = 1, capacity_ = 0;  // database parts per query; list entries
-  int64_t first_query_ = 0, packed_panel_ = -1, packed_count_ = 0;
-  Buffer<float> packed_query_, packed_, half_norm_, norm_, entry_score_, entry_norm_;
-  Buffer<double> radius_, lower_;
-  Buffer<int64_t> self_, count_, entry_index_;
-  Buffer<KnnRelation> relation_;
+  int64_t rows_at_once_ = 0, columns_ = 0;  // of a tile
+  int64_t panels_ = 0, chunk_ = 0;          // of the database; per packed chunk
+  int64_t block_ = 0, span_ = 0;            // queries per task; per round
+  int64_t segments_ = 1, capacity_ = 0;     // database parts per query; list entries
+  int64_t first_query_ = 0;
+  Buffer<KnnRelation> relation_;             // [span]
+  Buffer<int64_t> self_;                     // [span]
+  Buffer<double> lower_;                     // [slots]: of the true scores of the result
+  Buffer<float> limit_;                      // [slots]: the same, rounded down
+  Buffer<int64_t> count_, entry_index_;      // [slots], [slots][capacity]
+  Buffer<float> entry_score_, entry_error_;  // [slots][capacity]
+  std::vector<int64_t> visits_, measured_;   // [tasks]: panels scored; rows measured
+  Buffer<bool> stop_;                        // [tasks]: no more bf16
 };
 
 KnnOutputs knn_cpu(const Tensor& query, const Tensor& database, int64_t k, int64_t metric,
@@ -624,6 +826,9 @@ KnnOutputs knn_cpu(const Tensor& query, const Tensor& database, int64_t k, int64
 }
 
 }  // namespace
+
+int64_t knn_bf16_given_up() { return given_up.load(); }
+
 }  // namespace als
 
 STABLE_TORCH_LIBRARY_IMPL(als_ext, CPU, m) { m.impl("knn", TORCH_BOX(&als::knn_cpu)); }

@@ -59,13 +59,17 @@ struct Neighbour {
 
 constexpr int kKnnLanes = 8;
 
-// Products and differences that no compiler may fuse. On the host the callers are compiled for
-// targets without FMA; on the device the intrinsics forbid it.
+// Products and sums that no compiler may fuse: on the host the product passes through an empty
+// instruction, on the device the intrinsics forbid it.
 ALS_HOST_DEVICE double unfused_mul(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
 #else
-  return a * b;
+  double product = a * b;
+#ifdef __x86_64__
+  asm("" : "+x"(product));
+#endif
+  return product;
 #endif
 }
 ALS_HOST_DEVICE double unfused_add(double a, double b) {
@@ -122,6 +126,28 @@ ALS_HOST_DEVICE KnnError score_error(int64_t chain) {
   return {1.02 * (static_cast<double>(chain) + 3.0) * kFloatUnit, 1.02 * 2.0 * kFloatUnit};
 }
 
+// The bf16 score of rows q~, c~, the centred and scaled rows rounded to bf16:
+//   <q', c'> - <q~, c~> = <q', c' - c~> + <q' - q~, c~>
+// so it is off by at most |q'||c' - c~| + |q' - q~||c~|, lengths that packing computes in float64
+// from the very numbers the instruction sees (subnormals already 0, which it would take for 0),
+// plus what its additions round. A product of two bf16 numbers has 16 significant bits, exact in
+// float32. vdpbf16ps rounds the sum after each of its two products, or once after both; to nearest
+// by its manual, and charged here at the double unit of 2^-23, which covers truncation. Partial
+// sums and products below 2^-126 are flushed: at most 2^-125 a feature, in score_slack.
+//   2 chain  the additions, gamma_chain and Cauchy-Schwarz on |q~||c~|, in u = 2^-24
+//   1, 2     h and its subtraction, as above
+struct KnnBf16Error {
+  double radius;  // of |c~|
+  double spread;  // of |c' - c~|
+};
+
+ALS_HOST_DEVICE KnnBf16Error bf16_error(int64_t chain, double norm, double packed,
+                                        double residual) {
+  const double additions = 1.02 * (2.0 * static_cast<double>(chain) + 1.0) * kFloatUnit;
+  // 1e-6: the float64 arithmetic behind the lengths, for rows of up to 2^30 features
+  return {(1.0 + 1e-6) * (residual + additions * packed), (1.0 + 1e-6) * norm};
+}
+
 // d = alpha - beta s for one query; `slack` bounds, in units of s, everything that is not relative
 // to |q'||c'|: float64 rounding of d and alpha, and float32 underflow.
 struct KnnRelation {
@@ -138,6 +164,11 @@ struct KnnRelation {
     return (alpha - reach) / beta - 2.0 * slack;
   }
   ALS_HOST_DEVICE double distance_of(double score) const { return alpha - beta * score; }
+  // The score of a row whose float32 distance is `d`, and how far the true score may be from it.
+  ALS_HOST_DEVICE double score_of(float d) const { return (alpha - d) / beta; }
+  ALS_HOST_DEVICE double error_of_score(float d) const {
+    return (2.0 * kFloatUnit * fabs(d) + 1.2e-38) / beta + slack;
+  }
 };
 
 // float32 underflow (also with flush-to-zero) and float64 rounding, in units of s; lengths are of

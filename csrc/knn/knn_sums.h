@@ -11,9 +11,12 @@ namespace als {
 // multiply-adds: same bits everywhere.
 template <typename T>
 struct KnnSums {
-  double (*squared_difference)(const double* q, const T* c, int64_t dim, double scale);
-  double (*product)(const double* q, const T* c, int64_t dim);
-  double (*sum_of_squares)(const T* c, int64_t dim);
+  // Of n rows each: several at a time hide the latency of the additions.
+  void (*difference)(const double* q, const T* const* rows, int64_t n, int64_t dim, double* sums);
+  void (*scaled_difference)(const double* q, const T* const* rows, const double* scales, int64_t n,
+                            int64_t dim, double* sums);
+  void (*product)(const double* q, const T* const* rows, int64_t n, int64_t dim, double* sums);
+  void (*square)(const T* const* rows, int64_t n, int64_t dim, double* sums);
 };
 
 template <typename T>

@@ -11,15 +11,25 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kRows = 12;
 
-inline __attribute__((always_inline)) uint32_t mask_greater(__m512 a, __m512 b) {
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+
+typedef __mmask16 Mask;
+
+inline __attribute__((always_inline)) Mask mask_greater(__m512 a, __m512 b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+inline __attribute__((always_inline)) bool any(Mask a, Mask b) { return !_mm512_kortestz(a, b); }
+inline __attribute__((always_inline)) uint32_t bits(Mask m) { return m; }
+
+inline __attribute__((always_inline)) void multiply_add(float query, Vec panel, Vec& sum) {
+  sum += query * panel;
 }
 
 #include "knn/knn_tile_kernel.h"
 
 }  // namespace
 
-const KnnTileKernel knn_tile_avx512{kRows, kColumns, run};
+const KnnTileKernel knn_tile_avx512{kRows, kColumns, 1, run};
 
 }  // namespace als
 #endif

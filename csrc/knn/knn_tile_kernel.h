@@ -1,9 +1,9 @@
 // Body of the scoring kernel, compiled once per instruction set: the including file sets the target
-// and defines kLanes (floats in a register), kRows (queries at a time) and mask_greater. No header
-// is included here: an inline function of the standard library compiled for AVX-512 could replace
-// its namesake in files that must run everywhere.
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+// and defines kLanes (floats in a register), kRows (queries at a time), Vec and its
+// Mask of comparisons (mask_greater, any, bits), and multiply_add, which adds the products of one
+// unit. No header is included here: an inline function
+// of the standard library compiled for AVX-512 could replace its namesake in files that must run
+// everywhere.
 
 constexpr int kColumns = 2 * kLanes;
 
@@ -17,10 +17,16 @@ inline __attribute__((always_inline)) void multiply(const float* query, const fl
     const Vec right = *reinterpret_cast<const Vec*>(panel + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      acc[i][0] += query[i] * left;
-      acc[i][1] += query[i] * right;
+      multiply_add(query[i], left, acc[i][0]);
+      multiply_add(query[i], right, acc[i][1]);
     }
   }
+}
+
+// The error of the scores of a panel without what depends on the query.
+inline __attribute__((always_inline)) float square_error(const KnnTileTask& t, int64_t panel) {
+  const double norm = t.norm[panel];
+  return static_cast<float>(t.square * (0.5 * norm * norm + t.offset));
 }
 
 // Appends the columns of `mask` to the list of a slot.
@@ -30,13 +36,15 @@ __attribute__((noinline)) void push(const KnnTileTask& t, int64_t slot, uint32_t
   alignas(64) float score[kColumns];
   *reinterpret_cast<Vec*>(score) = left;
   *reinterpret_cast<Vec*>(score + kLanes) = right;
+  const float error =
+      t.radius[slot] * t.norm[panel] + t.spread[slot] * t.residual[panel] + square_error(t, panel);
   int64_t at = slot * t.capacity + t.count[slot];
   const int64_t start = at;
   for (; mask != 0; mask &= mask - 1) {
     const int column = __builtin_ctz(mask);
     const int64_t row = t.first_row + panel * kColumns + column;
     t.entry_score[at] = score[column];
-    t.entry_norm[at] = t.norm[panel];
+    t.entry_error[at] = error;
     t.entry_index[at] = row;
     at += row != t.self[slot];
   }
@@ -46,13 +54,14 @@ __attribute__((noinline)) void push(const KnnTileTask& t, int64_t slot, uint32_t
 // Scores of one group against one panel -> candidates.
 inline __attribute__((always_inline)) void select(const KnnTileTask& t, int64_t group,
                                                   int64_t panel, const Vec (&acc)[kRows][2]) {
-  // The cut in float32, rounded down: a row is never lost to the rounding of the cut.
-  const double norm = t.norm[panel];
-  const double square = t.square * (0.5 * norm * norm + t.offset);
+  const float norm = t.norm[panel], residual = t.residual[panel];
+  const float square = square_error(t, panel);
+  const float* lower = t.lower + group * kRows;
+  const float* radius = t.radius + group * kRows;
+  const float* spread = t.spread + group * kRows;
   float cut[kRows];
   for (int i = 0; i < kRows; ++i) {
-    const double exact = t.lower[group * kRows + i] - t.radius[group * kRows + i] * norm - square;
-    cut[i] = static_cast<float>(exact - __builtin_fabs(exact) * 2.4e-7);
+    cut[i] = lower[i] - radius[i] * norm - spread[i] * residual - square;
   }
   const float* h = t.half_norm + panel * kColumns;
   const Vec left = *reinterpret_cast<const Vec*>(h);
@@ -62,17 +71,22 @@ inline __attribute__((always_inline)) void select(const KnnTileTask& t, int64_t 
     const Vec a = acc[i][0] - left;
     const Vec b = acc[i][1] - right;
     const Vec limit = cut[i] - Vec{};
-    const uint32_t mask = mask_greater(a, limit) | (mask_greater(b, limit) << kLanes);
-    if (__builtin_expect(mask != 0, 0)) push(t, group * kRows + i, mask, a, b, panel);
+    const Mask above = mask_greater(a, limit), beside = mask_greater(b, limit);
+    if (__builtin_expect(any(above, beside), 0)) {
+      push(t, group * kRows + i, bits(above) | bits(beside) << kLanes, a, b, panel);
+    }
   }
 }
 
 // One depth block of one group against one panel; block sums go through `scratch`.
 inline __attribute__((always_inline)) void score(const KnnTileTask& t, int64_t group, int64_t panel,
-                                                 int64_t begin, int64_t end) {
+                                                 int64_t begin, int64_t end, const float* next) {
+  // The groups share the work of bringing the next block into the cache.
+  const int64_t share = (end - begin) * kColumns / t.groups + 1;
+  for (int64_t at = 0; at < share; at += 16) __builtin_prefetch(next + group * share + at, 0, 2);
   Vec acc[kRows][2];
-  multiply(t.query + (group * t.dim + begin) * kRows,
-           t.database + (panel * t.dim + begin) * kColumns, end - begin, acc);
+  multiply(t.query + (group * t.depth + begin) * kRows,
+           t.database + (panel * t.depth + begin) * kColumns, end - begin, acc);
   Vec* sums = reinterpret_cast<Vec*>(t.scratch) + group * kRows * 2;
   if (begin > 0) {
 #pragma GCC unroll 16
@@ -81,7 +95,7 @@ inline __attribute__((always_inline)) void score(const KnnTileTask& t, int64_t g
       acc[i][1] += sums[2 * i + 1];
     }
   }
-  if (end == t.dim) {
+  if (end == t.depth) {
     select(t, group, panel, acc);
     return;
   }
@@ -92,13 +106,19 @@ inline __attribute__((always_inline)) void score(const KnnTileTask& t, int64_t g
   }
 }
 
-void run(const KnnTileTask& t) {
-  const int64_t blocks = knn_depth_blocks(t.dim);
-  const int64_t depth = (t.dim + blocks - 1) / blocks;
-  for (int64_t i = 0, panel = 0; i < t.panels; ++i, panel = (panel + t.stride) % t.panels) {
-    for (int64_t begin = 0; begin < t.dim; begin += depth) {
-      const int64_t end = begin + depth < t.dim ? begin + depth : t.dim;
-      for (int64_t group = 0; group < t.groups; ++group) score(t, group, panel, begin, end);
+int64_t run(const KnnTileTask& t) {
+  const int64_t blocks = knn_depth_blocks(t.depth);
+  const int64_t depth = (t.depth + blocks - 1) / blocks;
+  int64_t i = t.begin;
+  for (int64_t panel = i * t.stride % t.panels; i < t.panels && !*t.stop; ++i) {
+    const int64_t following = (panel + t.stride) % t.panels;
+    for (int64_t begin = 0; begin < t.depth; begin += depth) {
+      const int64_t end = begin + depth < t.depth ? begin + depth : t.depth;
+      const float* next =
+          t.database + (end < t.depth ? panel * t.depth + end : following * t.depth) * kColumns;
+      for (int64_t group = 0; group < t.groups; ++group) score(t, group, panel, begin, end, next);
     }
+    panel = following;
   }
+  return i;
 }

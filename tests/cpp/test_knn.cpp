@@ -7,8 +7,6 @@
 #include "emulate_cuda.h"
 // After the emulation:
 #include "knn/knn_kernels.cuh"
-// The vector sums are a source of the library, not a header; here they are compared with the math.
-#include "knn/knn_sums.cpp"
 
 namespace {
 
@@ -63,32 +61,6 @@ double lane_sum(int64_t dim, const Term& term) {
   double lane[als::kKnnLanes] = {};
   for (int64_t j = 0; j < dim; ++j) lane[j % als::kKnnLanes] += term(j);
   return als::combine_lanes(lane);
-}
-
-template <typename T>
-void compare_sums(als::CpuLevel level) {
-  const auto sums = als::knn_sums<T>(level);
-  std::mt19937 random(0);
-  std::normal_distribution<double> normal;
-  for (int64_t dim : {1, 2, 7, 8, 9, 15, 16, 17, 128, 1025}) {
-    std::vector<double> q(dim);
-    std::vector<T> c(dim);
-    for (double& x : q) x = normal(random);
-    for (T& x : c) x = static_cast<T>(1e3 * normal(random));
-    const auto difference = [&](int64_t j) { return als::squared_difference(q[j], c[j], 0.3); };
-    const auto product = [&](int64_t j) { return q[j] * c[j]; };
-    const auto square = [&](int64_t j) { return static_cast<double>(c[j]) * c[j]; };
-    EXPECT_EQ(sums.squared_difference(q.data(), c.data(), dim, 0.3), lane_sum(dim, difference));
-    EXPECT_EQ(sums.product(q.data(), c.data(), dim), lane_sum(dim, product));
-    EXPECT_EQ(sums.sum_of_squares(c.data(), dim), lane_sum(dim, square));
-  }
-}
-
-TEST(KnnSums, EveryLevelGivesTheSameBits) {
-  for (auto level : {als::CpuLevel::kBaseline, als::best_cpu_level()}) {
-    compare_sums<float>(level);
-    compare_sums<double>(level);
-  }
 }
 
 // ---- the bound ----
