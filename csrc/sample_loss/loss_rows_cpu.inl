@@ -27,8 +27,8 @@ inline __attribute__((always_inline)) V load_vector(const T* x) {
 
 // Joins the lanes of a vector: the lower half with the upper one, and so on.
 template <typename T, int kWidth, class Join>
-inline __attribute__((always_inline)) T fold_vector(
-    const typename VectorOf<T, kWidth>::type& v, const Join& join) {
+inline __attribute__((always_inline)) T fold_vector(const typename VectorOf<T, kWidth>::type& v,
+                                                    const Join& join) {
   if constexpr (kWidth == 2) {
     return join(v[0], v[1]);
   } else {
@@ -213,9 +213,10 @@ struct Rows {
       T* d = e_buffer + i * padded;
       load_row(d, r);
       // NaN compares false: it is found in the exponentials
-      block.max[i] = job.state_in ? job.state_in[3 * r]
-                                  : fold(loaded(d, r), whole, whole < padded ? d + whole : nullptr,
-                                         T(-INFINITY), [](auto a, auto b) { return b > a ? b : a; });
+      block.max[i] = job.state_in
+                         ? job.state_in[3 * r]
+                         : fold(loaded(d, r), whole, whole < padded ? d + whole : nullptr,
+                                T(-INFINITY), [](auto a, auto b) { return b > a ? b : a; });
     }
     if (side == SideTarget::kNone && !entropy) {  // nothing else is asked about the differences
       for (int64_t i = 0; i < rows; ++i) {
@@ -288,8 +289,7 @@ struct Rows {
       const SideWeights<T> q = side_weights(begin + i);
       const T* d = e_buffer + i * padded;
       block.side_mass[i] = sum_of_terms<T>(classes, [&q](int64_t c) { return q(c); });
-      block.side[i] =
-          sum_of_terms<T>(classes, [&q, d](int64_t c) { return weighted(q(c), d[c]); });
+      block.side[i] = sum_of_terms<T>(classes, [&q, d](int64_t c) { return weighted(q(c), d[c]); });
     }
   }
   void side_sums_by_class(int64_t begin, int64_t rows) {
@@ -398,8 +398,8 @@ struct Rows {
     });
   }
 
-  // g dL/dz of row r, but for corrections. Whole vectors, whose surplus falls on the next row, which
-  // is written later; the last row of the range is written exactly.
+  // g dL/dz of row r, but for corrections. Whole vectors, whose surplus falls on the next row,
+  // which is written later; the last row of the range is written exactly.
   void write_row(int64_t i, int64_t r, grad_t* __restrict__ out) const {
     const T* __restrict__ e = e_buffer + i * padded;
     const int64_t n = r + 1 < end ? padded : classes;
