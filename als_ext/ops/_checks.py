@@ -21,16 +21,19 @@ def check_tensor(
     """Check type, shape (a str names a free size), dtype and device (that of ``like``)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
+    got_shape = value.shape
+    fits = len(got_shape) == len(shape)
+    if fits:
+        for want, got in zip(shape, got_shape, strict=True):
+            if want.__class__ is not str and want != got:
+                fits = False
     if not fits:  # the text is made here alone: torch.compile cannot turn a dynamic size into one
         expected = "[" + ", ".join(map(str, shape)) + "]"
-        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
+        raise ValueError(f"{name}: expected shape {expected}, got {list(got_shape)}")
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{name}: expected dtype {names}, got {got}")
+        wrong = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {names}, got {wrong}")
     if like is None:
         require_device(value, name)
     elif value.device != like.device:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from als_ext.ops._autograd import DirectCall, runs_eagerly
 from als_ext.ops._checks import (
     batched_first,
     check_choice,
@@ -128,7 +130,7 @@ def sample_loss(
     )
     losses: Tensor
     try:
-        losses, _ = torch.ops.als_ext.sample_loss.default(*arguments)
+        losses, _ = _call(*arguments, differentiable=logits.requires_grad)
     except RuntimeError:
         check_labels(arguments.target, arguments.logits.shape[1], ignore_index)
         raise
@@ -157,15 +159,11 @@ def prepare(
     loss_parameters: dict[str, Any],
 ) -> Arguments:
     """Check what the user gave and put it as the operators want it."""
-    check_choice("loss", loss, NAMES)
-    name, parameters = _loss_parameters(loss, loss_parameters)
-    check_float("label_smoothing", label_smoothing, low=0.0, high=1.0)
-    check_int("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
-    if label_smoothing and loss != "cross_entropy":
-        raise ValueError(
-            f"label_smoothing: expected 0 for loss {loss!r} (only cross_entropy has it), "
-            f"got {label_smoothing}"
-        )
+    try:
+        check = _constants if runs_eagerly() else _constants.__wrapped__
+        constants = check(loss, label_smoothing, ignore_index, **loss_parameters)
+    except TypeError:  # unhashable, or not what the argument may be
+        constants = _constants.__wrapped__(loss, label_smoothing, ignore_index, **loss_parameters)
     regression = loss == "squared_error"
     one_value = regression and isinstance(logits, Tensor) and logits.dim() == 1
     check_tensor("logits", logits, shape=("B",) if one_value else ("B", "C"), dtypes=FLOATS)
@@ -192,10 +190,27 @@ def prepare(
         class_weight = class_weight.to(accumulation)
     if one_value:
         logits, target = logits.unsqueeze(1), target.unsqueeze(1)
-    kind = list(LOSSES).index(name)
+    kind, parameters = constants
     return Arguments(
         logits, target, class_weight, kind, parameters, float(label_smoothing), ignore_index
     )
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _constants(
+    loss: str, label_smoothing: float, ignore_index: int, **loss_parameters: Any
+) -> tuple[int, list[float]]:
+    """Position and parameters of a loss; what does not depend on tensors is checked once."""
+    check_choice("loss", loss, NAMES)
+    name, parameters = _loss_parameters(loss, loss_parameters)
+    check_float("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    check_int("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
+    if label_smoothing and loss != "cross_entropy":
+        raise ValueError(
+            f"label_smoothing: expected 0 for loss {loss!r} (only cross_entropy has it), "
+            f"got {label_smoothing}"
+        )
+    return list(LOSSES).index(name), parameters
 
 
 def _loss_parameters(loss: str, given: dict[str, Any]) -> tuple[str, list[float]]:
@@ -289,13 +304,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_losses is None or not ctx.needs_input_grad[0]:
         return (None,) * 7
-    grad = torch.ops.als_ext.sample_loss_backward.default(
-        grad_losses, *ctx.saved_tensors, *ctx.constants
+    grad = _call_backward(
+        grad_losses, *ctx.saved_tensors, *ctx.constants, differentiable=torch.is_grad_enabled()
     )
     return grad, *(None,) * 6
 
 
 torch.library.register_autograd("als_ext::sample_loss", _backward, setup_context=_setup_context)
+_call = DirectCall(torch.ops.als_ext.sample_loss.default, _setup_context, _backward)
 
 
 def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -339,6 +355,9 @@ def plain_arguments(loss: int, parameters: Sequence[float]) -> tuple[str, dict[s
 
 torch.library.register_autograd(
     "als_ext::sample_loss_backward", _double_backward, setup_context=_setup_double_backward
+)
+_call_backward = DirectCall(
+    torch.ops.als_ext.sample_loss_backward.default, _setup_double_backward, _double_backward
 )
 
 

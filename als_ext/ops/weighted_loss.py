@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from als_ext.ops._autograd import DirectCall
 from als_ext.ops._checks import check_tensor, values_readable
 from als_ext.ops.sample_loss import (
     FLOATS,
@@ -91,12 +92,19 @@ def weighted_loss(
     )
     check_tensor("weight", weight, shape=(logits.shape[0],), dtypes=FLOATS, like=logits)
     need_grad = logits.requires_grad and torch.is_grad_enabled()
-    weight = weight.to(accumulation_dtype(logits))
+    accumulation = accumulation_dtype(logits)
+    if weight.dtype != accumulation:
+        weight = weight.to(accumulation)
     total: Tensor
     losses: Tensor
     try:
-        total, losses, _ = torch.ops.als_ext.weighted_loss.default(
-            *arguments[:2], weight, *arguments[2:], [], need_grad
+        total, losses, _ = _call(
+            *arguments[:2],
+            weight,
+            *arguments[2:],
+            [],
+            need_grad,
+            differentiable=need_grad or weight.requires_grad,
         )
     except RuntimeError:
         check_labels(arguments.target, arguments.logits.shape[1], ignore_index)
@@ -152,7 +160,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, _: None, __: None) -> tuple[T
         # total.backward() comes with the factor 1. On the CPU that can be seen without waiting, and
         # the kept tensor, which nobody needs any more, is the result: a whole pass less.
         done = grad.dtype == ctx.dtype and not ctx.batch and not _keeps_graph()
-        if done and values_readable(grad_total) and grad_total == 1:
+        if done and values_readable(grad_total) and grad_total.item() == 1:
             grad_logits = grad
         else:
             grad_logits = _scaled(grad, grad_total, ctx.batch, ctx.dtype)
@@ -176,6 +184,7 @@ def _scaled(rows: Tensor, factor: Tensor, batch: Sequence[int], dtype: torch.dty
 
 
 torch.library.register_autograd("als_ext::weighted_loss", _backward, setup_context=_setup_context)
+_call = DirectCall(torch.ops.als_ext.weighted_loss.default, _setup_context, _backward)
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
