@@ -132,7 +132,7 @@ def sample_loss(
     try:
         losses, _ = _call(*arguments, differentiable=logits.requires_grad)
     except RuntimeError:
-        check_labels(arguments.target, arguments.logits.shape[1], ignore_index)
+        explain(arguments, loss)
         raise
     return losses
 
@@ -158,12 +158,43 @@ def prepare(
     class_weight: Tensor | None,
     loss_parameters: dict[str, Any],
 ) -> Arguments:
-    """Check what the user gave and put it as the operators want it."""
+    """Check what the user gave and put it as the operators want it.
+
+    Class indices on the CPU are left to the operator, which makes the same checks faster; what it
+    refuses, :func:`explain` puts into words.
+    """
+    eager = runs_eagerly()
     try:
-        check = _constants if runs_eagerly() else _constants.__wrapped__
-        constants = check(loss, label_smoothing, ignore_index, **loss_parameters)
+        check = _constants if eager else _constants.__wrapped__
+        kind, parameters = check(loss, label_smoothing, ignore_index, **loss_parameters)
     except TypeError:  # unhashable, or not what the argument may be
-        constants = _constants.__wrapped__(loss, label_smoothing, ignore_index, **loss_parameters)
+        kind, parameters = _constants.__wrapped__(
+            loss, label_smoothing, ignore_index, **loss_parameters
+        )
+    if not (
+        eager
+        and class_weight is None
+        and kind != SQUARED_ERROR
+        and left_to_operator(target)
+        and target.dtype is torch.int64
+        and left_to_operator(logits)
+    ):
+        logits, target, class_weight = _check_tensors(
+            logits, target, loss, ignore_index, class_weight
+        )
+    return Arguments(
+        logits, target, class_weight, kind, parameters, float(label_smoothing), ignore_index
+    )
+
+
+def left_to_operator(value: object) -> bool:
+    """Whether the CPU operator itself will look at this tensor."""
+    return isinstance(value, Tensor) and value.is_cpu
+
+
+def _check_tensors(
+    logits: Tensor, target: Tensor, loss: str, ignore_index: int, class_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     regression = loss == "squared_error"
     one_value = regression and isinstance(logits, Tensor) and logits.dim() == 1
     check_tensor("logits", logits, shape=("B",) if one_value else ("B", "C"), dtypes=FLOATS)
@@ -190,10 +221,15 @@ def prepare(
         class_weight = class_weight.to(accumulation)
     if one_value:
         logits, target = logits.unsqueeze(1), target.unsqueeze(1)
-    kind, parameters = constants
-    return Arguments(
-        logits, target, class_weight, kind, parameters, float(label_smoothing), ignore_index
-    )
+    return logits, target, class_weight
+
+
+def explain(arguments: Arguments, loss: str) -> None:
+    """Raise what is wrong with arguments that the operator has refused, where it can be found."""
+    logits, target, class_weight, *_, ignore_index = arguments
+    if loss != "squared_error":
+        _check_tensors(logits, target, loss, ignore_index, class_weight)
+    check_labels(target, logits.shape[1], ignore_index)
 
 
 @functools.lru_cache(maxsize=64, typed=True)
