@@ -1,8 +1,8 @@
 """Calls of an operator at the price of a plain torch.autograd.Function.
 
-``torch.library.register_autograd`` is what torch.compile, vmap and callers of ``torch.ops`` see. The
-Python that it puts around a call takes longer than the losses of a small batch; the same formulas
-in a Function of their own take a third of that.
+``torch.library.register_autograd`` is what torch.compile, vmap and callers of ``torch.ops`` see.
+The Python that it puts around a call takes longer than the losses of a small batch; the same
+formulas in a Function of their own take a third of that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DirectCall:
                 setup_context(ctx, arguments, output)
                 return output
 
-        Direct.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
+        Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
         self.apply: Callable[..., Any] = Direct.apply
 
     def __call__(self, *arguments: Any, differentiable: bool) -> Any:
