@@ -34,6 +34,28 @@ def test_agrees_with_float64_reference(rows, k, classes, weighting, device):
     torch.testing.assert_close(got[2], want[2], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("classes", [1, 16, 17, 300])
+def test_few_rows_of_many_labels_vote_like_many(classes, k):
+    """On the CPU labels are narrowed for many rows and read as they are for few."""
+    distance, index, label = make(500, k, 600, classes, "cpu")
+    index[::3, 0], label[::5], distance[::4, -1] = -1, -9, float("nan")
+    many = knn_vote(distance, index, label, classes, ignore_label=-9)
+    for row in (0, 3, 4, 12, 499):
+        few = knn_vote(
+            distance[row : row + 1], index[row : row + 1], label, classes, ignore_label=-9
+        )
+        for a, b in zip(few, many, strict=True):
+            assert torch.equal(a[0], b[row])
+
+
+def test_the_cpu_operator_refuses_a_label_out_of_range():
+    distance, index, label = make(6, 5, 20, 4, "cpu")
+    label[3] = 4
+    with pytest.raises(RuntimeError, match=r"label: .*got 4 at position 3"):
+        torch.ops.als_ext.knn_vote(distance, index, label, 4, 0, 0.1, -1)
+
+
 def test_ties_go_to_the_smaller_class(device):
     distance = torch.tensor([[0.1, 0.2, 0.3, 0.4]], device=device)
     index = torch.tensor([[0, 1, 2, 3]], device=device)

@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from als_ext.ops import sample_loss, weighted_loss
+from als_ext.ops.sample_loss import prepare
 from als_ext.reference.weighted_loss import weighted_loss as plain
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -72,6 +73,30 @@ def test_same_bits_as_sample_loss(classes, keywords, device):
     want = run(composed, logits, target, weight, **keywords)
     for a, b in zip(got[1:], want[1:], strict=True):
         assert torch.equal(a, b)
+
+
+@losses
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_the_public_function_and_the_operator_have_one_derivative(dtype, keywords, device):
+    """Eager calls go round torch.library's autograd, with the formulas registered there."""
+    logits, target, weight = make(20, 7, device, dtype)
+    got = run(weighted_loss, logits, target, weight, 2.0, **keywords)
+    arguments = prepare(
+        logits,
+        target,
+        keywords.get("loss", "cross_entropy"),
+        keywords.get("label_smoothing", 0.0),
+        -100,
+        None,
+        {k: v for k, v in keywords.items() if k not in ("loss", "label_smoothing")},
+    )
+    rest = arguments[2:]
+
+    def registered(z, target, w):
+        return torch.ops.als_ext.weighted_loss.default(z, target, w, *rest, [], True)[:2]
+
+    want = run(registered, logits, target, weight, 2.0)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_class_probabilities_and_squared_error(device):

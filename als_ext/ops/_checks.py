@@ -21,18 +21,21 @@ def check_tensor(
     """Check type, shape (a str names a free size), dtype and device (that of ``like``)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
+    fits = value.dim() == len(shape)
+    if fits:
+        for want, got in zip(shape, value.shape, strict=True):
+            if not isinstance(want, str) and want != got:
+                fits = False
     if not fits:  # the text is made here alone: torch.compile cannot turn a dynamic size into one
         expected = "[" + ", ".join(map(str, shape)) + "]"
         raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{name}: expected dtype {names}, got {got}")
+        wrong = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {names}, got {wrong}")
     if like is None:
-        require_device(value, name)
+        if not value.is_cpu:
+            require_device(value, name)
     elif value.device != like.device:
         raise ValueError(f"{name}: expected device '{like.device}', got '{value.device}'")
 
@@ -69,8 +72,8 @@ def check_float(
 def values_readable(value: Tensor) -> bool:
     """Whether looking at values costs no wait for a device, and there are values to look at."""
     return (
-        value.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and value.is_cpu
         and type(value) is Tensor  # no FakeTensor or other subclass
         and torch._C._has_storage(value)  # no level of vmap or grad
     )

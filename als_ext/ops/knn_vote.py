@@ -59,14 +59,15 @@ def knn_vote(
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: shapes or devices that do not fit, a value out of range. A label outside [0,
-            num_classes) is named on the CPU; on CUDA, where looking would wait for the device, it
-            has no vote.
+            num_classes) is named on the CPU (as a RuntimeError out of ``torch.compile`` and
+            ``torch.vmap``); on CUDA, where looking would wait for the device, it has no vote.
 
     Note:
         No gradient. Works in ``torch.compile`` with fullgraph and in CUDA graphs. Votes are summed
         in fixed point (2^-40), so the result is the same to the bit in any order and on any number
         of threads; CPU and CUDA can differ only where their ``exp`` does. k <= 4096 on CUDA. Memory
-        beyond the outputs: none on CUDA, 8 bytes x num_classes a thread on the CPU.
+        beyond the outputs: none on CUDA; on the CPU 8 bytes x (num_classes + k) a thread, and 4
+        bytes a label where the rows hold more neighbours than there are labels.
 
     Example:
         >>> import torch
@@ -89,24 +90,36 @@ def knn_vote(
     check_choice("weighting", weighting, WEIGHTINGS)
     check_float("temperature", temperature, low=0.0, open_low=True)
     check_int("ignore_label", ignore_label, low=-(2**63))
-    if values_readable(label):
-        wrong = ((label < 0) | (label >= num_classes)) & (label != ignore_label)
-        if wrong.any():
-            at = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"label: expected values in [0, {num_classes}) or ignore_label={ignore_label}, "
-                f"got {int(label[at])} at position {at}"
-            )
-    winner, share, margin = torch.ops.als_ext.knn_vote.default(
-        distance.detach(),
-        index,
-        label,
-        num_classes,
-        WEIGHTINGS.index(weighting),
-        temperature,
-        ignore_label,
-    )
+    winner: Tensor
+    share: Tensor
+    margin: Tensor
+    try:
+        winner, share, margin = torch.ops.als_ext.knn_vote.default(
+            distance.detach() if distance.requires_grad else distance,
+            index,
+            label,
+            num_classes,
+            WEIGHTINGS.index(weighting),
+            temperature,
+            ignore_label,
+        )
+    except RuntimeError:
+        _check_labels(label, num_classes, ignore_label)
+        raise
     return winner, share, margin
+
+
+def _check_labels(label: Tensor, num_classes: int, ignore_label: int) -> None:
+    """Name the first class outside [0, num_classes), for what the operator has refused."""
+    if not values_readable(label):
+        return
+    wrong = ((label < 0) | (label >= num_classes)) & (label != ignore_label)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"label: expected values in [0, {num_classes}) or ignore_label={ignore_label}, "
+            f"got {int(label[at])} at position {at}"
+        )
 
 
 @torch.library.register_fake("als_ext::knn_vote")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from als_ext.ops._autograd import DirectCall, runs_eagerly
 from als_ext.ops._checks import (
     batched_first,
     check_choice,
@@ -128,9 +130,9 @@ def sample_loss(
     )
     losses: Tensor
     try:
-        losses, _ = torch.ops.als_ext.sample_loss.default(*arguments)
+        losses, _ = _call(*arguments, differentiable=logits.requires_grad)
     except RuntimeError:
-        check_labels(arguments.target, arguments.logits.shape[1], ignore_index)
+        explain(arguments, loss)
         raise
     return losses
 
@@ -156,16 +158,43 @@ def prepare(
     class_weight: Tensor | None,
     loss_parameters: dict[str, Any],
 ) -> Arguments:
-    """Check what the user gave and put it as the operators want it."""
-    check_choice("loss", loss, NAMES)
-    name, parameters = _loss_parameters(loss, loss_parameters)
-    check_float("label_smoothing", label_smoothing, low=0.0, high=1.0)
-    check_int("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
-    if label_smoothing and loss != "cross_entropy":
-        raise ValueError(
-            f"label_smoothing: expected 0 for loss {loss!r} (only cross_entropy has it), "
-            f"got {label_smoothing}"
+    """Check what the user gave and put it as the operators want it.
+
+    Class indices on the CPU are left to the operator, which makes the same checks faster; what it
+    refuses, :func:`explain` puts into words.
+    """
+    eager = runs_eagerly()
+    try:
+        check = _constants if eager else _constants.__wrapped__
+        kind, parameters = check(loss, label_smoothing, ignore_index, **loss_parameters)
+    except TypeError:  # unhashable, or not what the argument may be
+        kind, parameters = _constants.__wrapped__(
+            loss, label_smoothing, ignore_index, **loss_parameters
         )
+    if not (
+        eager
+        and class_weight is None
+        and kind != SQUARED_ERROR
+        and left_to_operator(target)
+        and target.dtype is torch.int64
+        and left_to_operator(logits)
+    ):
+        logits, target, class_weight = _check_tensors(
+            logits, target, loss, ignore_index, class_weight
+        )
+    return Arguments(
+        logits, target, class_weight, kind, parameters, float(label_smoothing), ignore_index
+    )
+
+
+def left_to_operator(value: object) -> bool:
+    """Whether the CPU operator itself will look at this tensor."""
+    return isinstance(value, Tensor) and value.is_cpu
+
+
+def _check_tensors(
+    logits: Tensor, target: Tensor, loss: str, ignore_index: int, class_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     regression = loss == "squared_error"
     one_value = regression and isinstance(logits, Tensor) and logits.dim() == 1
     check_tensor("logits", logits, shape=("B",) if one_value else ("B", "C"), dtypes=FLOATS)
@@ -192,10 +221,32 @@ def prepare(
         class_weight = class_weight.to(accumulation)
     if one_value:
         logits, target = logits.unsqueeze(1), target.unsqueeze(1)
-    kind = list(LOSSES).index(name)
-    return Arguments(
-        logits, target, class_weight, kind, parameters, float(label_smoothing), ignore_index
-    )
+    return logits, target, class_weight
+
+
+def explain(arguments: Arguments, loss: str) -> None:
+    """Raise what is wrong with arguments that the operator has refused, where it can be found."""
+    logits, target, class_weight, *_, ignore_index = arguments
+    if loss != "squared_error":
+        _check_tensors(logits, target, loss, ignore_index, class_weight)
+    check_labels(target, logits.shape[1], ignore_index)
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _constants(
+    loss: str, label_smoothing: float, ignore_index: int, **loss_parameters: Any
+) -> tuple[int, list[float]]:
+    """Position and parameters of a loss; what does not depend on tensors is checked once."""
+    check_choice("loss", loss, NAMES)
+    name, parameters = _loss_parameters(loss, loss_parameters)
+    check_float("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    check_int("ignore_index", ignore_index, low=-(2**63), high=2**63 - 1)
+    if label_smoothing and loss != "cross_entropy":
+        raise ValueError(
+            f"label_smoothing: expected 0 for loss {loss!r} (only cross_entropy has it), "
+            f"got {label_smoothing}"
+        )
+    return list(LOSSES).index(name), parameters
 
 
 def _loss_parameters(loss: str, given: dict[str, Any]) -> tuple[str, list[float]]:
@@ -289,13 +340,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_losses is None or not ctx.needs_input_grad[0]:
         return (None,) * 7
-    grad = torch.ops.als_ext.sample_loss_backward.default(
-        grad_losses, *ctx.saved_tensors, *ctx.constants
+    grad = _call_backward(
+        grad_losses, *ctx.saved_tensors, *ctx.constants, differentiable=torch.is_grad_enabled()
     )
     return grad, *(None,) * 6
 
 
 torch.library.register_autograd("als_ext::sample_loss", _backward, setup_context=_setup_context)
+_call = DirectCall(torch.ops.als_ext.sample_loss.default, _setup_context, _backward)
 
 
 def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -339,6 +391,9 @@ def plain_arguments(loss: int, parameters: Sequence[float]) -> tuple[str, dict[s
 
 torch.library.register_autograd(
     "als_ext::sample_loss_backward", _double_backward, setup_context=_setup_double_backward
+)
+_call_backward = DirectCall(
+    torch.ops.als_ext.sample_loss_backward.default, _setup_double_backward, _double_backward
 )
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from als_ext.ops._autograd import DirectCall, runs_eagerly
 from als_ext.ops._checks import check_tensor, values_readable
 from als_ext.ops.sample_loss import (
     FLOATS,
     accumulation_dtype,
-    check_labels,
     check_vmap,
+    explain,
     flatten,
+    left_to_operator,
     prepare,
 )
 
@@ -89,19 +91,33 @@ def weighted_loss(
     arguments = prepare(
         logits, target, loss, label_smoothing, ignore_index, class_weight, loss_parameters
     )
-    check_tensor("weight", weight, shape=(logits.shape[0],), dtypes=FLOATS, like=logits)
+    if not (left_to_operator(weight) and left_to_operator(logits) and runs_eagerly()):
+        _check_weight(weight, logits)
     need_grad = logits.requires_grad and torch.is_grad_enabled()
-    weight = weight.to(accumulation_dtype(logits))
+    accumulation = accumulation_dtype(logits)
+    if weight.dtype != accumulation:
+        _check_weight(weight, logits)
+        weight = weight.to(accumulation)
     total: Tensor
     losses: Tensor
     try:
-        total, losses, _ = torch.ops.als_ext.weighted_loss.default(
-            *arguments[:2], weight, *arguments[2:], [], need_grad
+        total, losses, _ = _call(
+            *arguments[:2],
+            weight,
+            *arguments[2:],
+            [],
+            need_grad,
+            differentiable=need_grad or weight.requires_grad,
         )
     except RuntimeError:
-        check_labels(arguments.target, arguments.logits.shape[1], ignore_index)
+        explain(arguments, loss)
+        _check_weight(weight, logits)
         raise
     return total, losses
+
+
+def _check_weight(weight: Tensor, logits: Tensor) -> None:
+    check_tensor("weight", weight, shape=(logits.shape[0],), dtypes=FLOATS, like=logits)
 
 
 @torch.library.register_fake("als_ext::weighted_loss")
@@ -133,7 +149,7 @@ def _setup_context(
     ctx.save_for_backward(losses, grad)
     ctx.mark_non_differentiable(losses, grad)
     ctx.set_materialize_grads(False)
-    ctx.dtype, (*_, ctx.batch, ctx.need_grad) = inputs[0].dtype, inputs
+    ctx.inputs = inputs[0].dtype, inputs[8], inputs[9]
 
 
 def _backward(ctx: Any, grad_total: Tensor | None, _: None, __: None) -> tuple[Tensor | None, ...]:
@@ -145,20 +161,22 @@ def _backward(ctx: Any, grad_total: Tensor | None, _: None, __: None) -> tuple[T
             "(weight * sample_loss(...)).sum() has one"
         )
     losses, grad = ctx.saved_tensors
+    dtype, batch, need_grad = ctx.inputs
+    needs = ctx.needs_input_grad
     grad_logits = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        if not ctx.need_grad:
+    if needs[0]:
+        if not need_grad:
             raise RuntimeError("weighted_loss: called with need_grad=False")
         # total.backward() comes with the factor 1. On the CPU that can be seen without waiting, and
         # the kept tensor, which nobody needs any more, is the result: a whole pass less.
-        done = grad.dtype == ctx.dtype and not ctx.batch and not _keeps_graph()
-        if done and values_readable(grad_total) and grad_total == 1:
+        done = not batch and grad.dtype is dtype and not _keeps_graph()
+        if done and values_readable(grad_total) and grad_total.item() == 1:
             grad_logits = grad
         else:
-            grad_logits = _scaled(grad, grad_total, ctx.batch, ctx.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_weight = _scaled(losses, grad_total, ctx.batch, losses.dtype)
-    return grad_logits, None, grad_weight, *(None,) * 7
+            grad_logits = _scaled(grad, grad_total, batch, dtype)
+    if needs[2]:
+        grad_weight = _scaled(losses, grad_total, batch, losses.dtype)
+    return grad_logits, None, grad_weight, None, None, None, None, None, None, None
 
 
 # Whether backward runs with retain_graph: then what forward has kept must stay as it is.
@@ -176,6 +194,7 @@ def _scaled(rows: Tensor, factor: Tensor, batch: Sequence[int], dtype: torch.dty
 
 
 torch.library.register_autograd("als_ext::weighted_loss", _backward, setup_context=_setup_context)
+_call = DirectCall(torch.ops.als_ext.weighted_loss.default, _setup_context, _backward)
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

@@ -93,9 +93,9 @@ ALS_HOST_DEVICE float select(bool condition, float yes, float no) {
 
 namespace detail {
 
-// e^x = 2^n (1 + fraction) with |log(1 + fraction)| <= ln(2)/2, for -87.3 <= x <= 0.
+// e^x = 2^n (1 + fraction) with |log(1 + fraction)| <= ln(2)/2, for kExpLowest <= x <= 0.
 struct ExpParts {
-  float power;     // 2^n
+  float power;     // 2^n, 0 for n = -127
   float fraction;  // e^r - 1, r = x - n ln 2
 };
 
@@ -116,18 +116,18 @@ ALS_HOST_DEVICE ExpParts exp_parts(float x) {
   return {float_of(static_cast<int32_t>(power)), r + r * r * q};
 }
 
-constexpr float kExpLowest = -87.3f;  // e^x is a normal number above it and taken as 0 below
+// There n = -127, whose power is written as 0: what is below needs no case of its own.
+constexpr float kExpLowest = -88.0f;
 
 // NaN compares false and passes through.
 ALS_HOST_DEVICE float at_least_lowest(float x) { return select(x < kExpLowest, kExpLowest, x); }
 
 }  // namespace detail
 
-// e^x for x <= 0; 0 below -87.3.
+// e^x for x <= 0; 0 where it is below the normal numbers (from -87.68 at the latest).
 ALS_HOST_DEVICE float exp_of_nonpositive(float x) {
   const detail::ExpParts e = detail::exp_parts(detail::at_least_lowest(x));
-  const float value = e.power + e.power * e.fraction;
-  return select(x < detail::kExpLowest, 0.0f, value);
+  return e.power + e.power * e.fraction;
 }
 
 // e^x - 1 for x <= 0, without cancellation near 0.

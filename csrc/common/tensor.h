@@ -3,6 +3,7 @@
 // defence for callers of torch.ops.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +15,8 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "common/huge_pages.h"
 
 namespace als {
 
@@ -40,9 +43,33 @@ inline void check_same_device(const Tensor& t, const Tensor& other, const char* 
   ALS_CHECK(t.device() == other.device(), name, ": expected the device of the first argument");
 }
 
-// An uninitialised contiguous tensor on the device of `like`.
-inline Tensor empty_on(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// The tensor itself where it is contiguous: a call of the dispatcher less.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// An uninitialised contiguous tensor on the device of `like`: straight from the allocator, which is
+// several microseconds less than aten::new_empty through the dispatcher. A large one on the CPU
+// asks for huge pages.
+inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  Tensor result(handle);
+  if (device_type == aoti_torch_device_type_cpu()) {
+    advise_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  }
+  return result;
 }
 
 }  // namespace als

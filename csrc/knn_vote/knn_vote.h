@@ -14,7 +14,7 @@ using VoteOutputs =
     std::tuple<Tensor, Tensor, Tensor>;  // winner [Q] i64, share [Q] f32, margin [Q] f32
 
 // The checks that both devices share (inline: _C and _cuda are two libraries). A label outside [0,
-// num_classes) has no vote.
+// num_classes) is refused on the CPU and has no vote on CUDA.
 inline void check_knn_vote(const Tensor& distance, const Tensor& index, const Tensor& label,
                            int64_t num_classes, int64_t weighting, double temperature) {
   check_dim(distance, 2, "distance");

@@ -6,28 +6,33 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "common/cpu_level.h"
 #include "sample_loss/loss_job.h"
 
 namespace als::baseline {
+constexpr int kVectorBytes = 16;
 #include "sample_loss/loss_rows_cpu.inl"
-}
+}  // namespace als::baseline
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ALS_X86_VERSIONS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2")
 namespace als::avx2 {
+constexpr int kVectorBytes = 32;
 #include "sample_loss/loss_rows_cpu.inl"
-}
+}  // namespace als::avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
 namespace als::avx512 {
+constexpr int kVectorBytes = 64;
 #include "sample_loss/loss_rows_cpu.inl"
-}
+}  // namespace als::avx512
 #pragma GCC pop_options
 #endif
 

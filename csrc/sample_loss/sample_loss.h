@@ -22,11 +22,6 @@ inline ScalarType accumulation_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The tensor itself where it is contiguous: a call of the dispatcher less.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 // The checks that protect memory (inline: _C and _cuda are two libraries), and the layouts that the
 // kernels read: rows of unit stride, a row stride of any size. An expanded row is not copied.
 inline void check_loss_arguments(LossArguments& a) {

@@ -193,7 +193,7 @@ TEST(LossRows, DerivativeIsThatOfTheValue) {
 
 TEST(LossRows, EveryInstructionSetAgrees) {
   for (const Case& c : kCases) {
-    for (const int64_t classes : {1, 10, 63, 64, 65, 1000}) {
+    for (const int64_t classes : {1, 10, 15, 16, 17, 63, 64, 65, 1000}) {
       Batch<float> want(33, classes);
       loss_rows(job_of(want, c), 0, want.rows, CpuLevel::kBaseline);
       for (CpuLevel level : {CpuLevel::kAvx2, CpuLevel::kAvx512}) {
@@ -205,6 +205,30 @@ TEST(LossRows, EveryInstructionSetAgrees) {
         }
         for (size_t i = 0; i < got.grad.size(); ++i) {
           EXPECT_NEAR(got.grad[i], want.grad[i], 1e-6f * (1 + std::abs(want.grad[i]))) << c.name;
+        }
+      }
+    }
+  }
+}
+
+// Rows are written as whole vectors whose surplus falls on the next row: never on one of another
+// thread.
+TEST(LossRows, ARangeOfRowsWritesNothingElse) {
+  for (const Case& c : kCases) {
+    for (const int64_t classes : {1, 3, 15, 16, 17, 31, 33, 100}) {
+      for (CpuLevel level : {CpuLevel::kBaseline, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
+        if (level > cpu_level()) continue;
+        Batch<float> all(140, classes), part(140, classes);
+        loss_rows(job_of(all, c), 0, 140, level);
+        std::fill(part.grad.begin(), part.grad.end(), -7.0f);
+        std::fill(part.losses.begin(), part.losses.end(), -7.0f);
+        loss_rows(job_of(part, c), 5, 137, level);
+        for (int64_t r = 0; r < 140; ++r) {
+          const bool inside = r >= 5 && r < 137;
+          EXPECT_EQ(part.losses[r], inside ? all.losses[r] : -7.0f) << c.name;
+          for (int64_t i = r * classes; i < (r + 1) * classes; ++i) {
+            EXPECT_EQ(part.grad[i], inside ? all.grad[i] : -7.0f) << c.name << " row " << r;
+          }
         }
       }
     }
