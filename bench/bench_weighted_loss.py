@@ -80,5 +80,5 @@ def curves(quick):
             "ours": [partial(point, weighted_loss, count) for count in classes],
             "torch eager": [partial(point, eager, count) for count in classes],
         },
-        fit_from=20 if quick else 1000,
+        fit_from=10 if quick else 1000,
     )

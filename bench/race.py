@@ -227,6 +227,8 @@ def run(
     Raises:
         OutOfTime: the race would take longer than ``seconds_left``.
     """
+    if seconds_left <= 0:
+        raise OutOfTime
     device = torch.device(device)
     row: dict[str, Any] = {"op": race.op, "case": race.case, "device": device.type}
     start = time.perf_counter()

@@ -215,8 +215,8 @@ def origin(results: dict[str, dict[str, Any]]) -> str:
         code = f"{(commit['hash'] or 'unknown')[:8]}{changed}"
         lines.append(
             f"* [{name}](../{name}){whole}{quick}: {result['date'][:10]}, commit {code}; "
-            f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads ({caches}), {where['memory_gib']} GiB, huge pages "
-            f"{where['transparent_huge_pages']}; {known}"
+            f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads ({caches}), "
+            f"{where['memory_gib']} GiB, huge pages {where['transparent_huge_pages']}; {known}"
         )
     return "\n".join(lines)
 
