@@ -1,7 +1,8 @@
 """The optimizer's step: main step and next half step in one pass.
 
 Peers: torch's fused AdamW, which makes one step instead of two, and the same two steps from torch's
-multi-tensor calls. Ceiling: a copy that moves the 36 bytes a parameter.
+multi-tensor calls. Ceiling: one multiplication in place that moves the 36 bytes a parameter. A copy
+would be slower than that: memory that is written without having been read is read all the same.
 """
 
 from functools import partial
@@ -10,7 +11,6 @@ import torch
 
 from als_ext.ops.also_step import also_step_
 from als_ext.reference.also_step import AlsoState, also_step
-from bench.inputs import COPY, copy_of
 from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
 
 LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-3
@@ -70,13 +70,15 @@ def setup(tensors, elements, quick, device):
     lineup.peer("fused AdamW (one step)", fused.step)
     five = copies(), grads, zeros(), zeros(), copies()
     lineup.peer("foreach composite", partial(composite, *five))
-    compiled = compile_peer(composite, quick)
+    compiled = None if tensors > 10 else compile_peer(composite, quick)
     if compiled is None:
-        lineup.skip("torch.compile composite", NOT_COMPILED)
+        reason = NOT_COMPILED if quick else f"half a minute of compiling for {tensors} tensors"
+        lineup.skip("torch.compile composite", reason)
     else:
         five = copies(), grads, zeros(), zeros(), copies()
-        lineup.peer("torch.compile composite", partial(compiled, *five))
-    lineup.ceiling(COPY, copy_of(36 * tensors * elements, device))
+        lineup.peer("torch.compile composite", partial(compiled, *five), compiled=True)
+    moved = torch.ones(36 * tensors * elements // 8, device=device)  # reads and writes 4 bytes each
+    lineup.ceiling("update of the same bytes in place", partial(moved.mul_, 1.0))
     return lineup
 
 

@@ -15,6 +15,7 @@ import torch
 
 from als_ext.ops import knn, knn_vote
 from als_ext.reference.knn import knn as float64_knn
+from bench.bench_knn import product
 from bench.race import Lineup, Race
 
 K, CLASSES, CHECKED = 10, 10, 50
@@ -27,11 +28,6 @@ def clustered(rows, dim):
     x = torch.randn(rows, dim, generator=g) + 3 * torch.randn(CLASSES, dim, generator=g)[truth]
     other = torch.randint(0, CLASSES, (rows,), generator=g)
     return x, torch.where(torch.rand(rows, generator=g) < 0.2, other, truth)
-
-
-def product(x):
-    for part in x.split(2048):
-        part @ x.T
 
 
 def setup_graph(rows, dim, device):
@@ -51,7 +47,7 @@ def setup_graph(rows, dim, device):
         lineup.peer("cleanlab", lambda: graph(), error=lambda: error(neighbours(graph()[0])))
     except ImportError:
         lineup.skip("cleanlab", "cleanlab is not installed")
-    lineup.ceiling("float32 product", partial(product, x))
+    lineup.ceiling("float32 product", product(x, x))
     return lineup
 
 
@@ -85,12 +81,12 @@ def setup_vote(rows, dim, device):
         lineup.peer("cleanlab", shares, error=lambda: error(shares().max(axis=1)))
     except ImportError:
         lineup.skip("cleanlab", "scikit-learn, which it calls here, is not installed")
-    lineup.ceiling("float32 product", partial(product, x))
+    lineup.ceiling("float32 product", product(x, x))
     return lineup
 
 
 def races(quick):
-    rows, dim = (400, 24) if quick else (20_000, 128)
+    rows, dim = (400, 24) if quick else (10_000, 128)
     size = f"{rows} × {dim}, k = {K}"
     yield Race(
         "correction", f"neighbour graph, cosine, {size}", partial(setup_graph, rows, dim), True

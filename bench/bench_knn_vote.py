@@ -38,7 +38,7 @@ def setup(rows, k, num_classes, quick, device):
     if compiled is None:
         lineup.skip("torch.compile", NOT_COMPILED)
     else:
-        lineup.peer("torch.compile", partial(compiled, *data))
+        lineup.peer("torch.compile", partial(compiled, *data), compiled=True)
     lineup.ceiling(COPY, copy_of(index.numel() * 8, device))
     return lineup
 

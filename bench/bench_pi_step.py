@@ -119,7 +119,7 @@ def _torch_peers(lineup, n, prior, index, loss, quick):
         lineup.skip("reference, torch.compile", NOT_COMPILED)
     else:
         call = partial(compiled, start.clone(), start, index, loss)
-        lineup.peer("reference, torch.compile", call)
+        lineup.peer("reference, torch.compile", call, compiled=True)
     r = torch.zeros_like(start)
     lineup.peer("log domain, torch", partial(log_domain, r, start.log(), index, loss))
 

@@ -68,7 +68,7 @@ def setup(loss, part, rows, classes, dtype, quick, device):
     if compiled is None:
         lineup.skip("torch.compile", NOT_COMPILED)
     else:
-        lineup.peer("torch.compile", partial(run, compiled, *data))
+        lineup.peer("torch.compile", partial(run, compiled, *data), compiled=True)
     size = data[0].numel() * data[0].element_size()
     lineup.ceiling(COPY, copy_of(size if run is forward else 3 * size, device))
     return lineup

@@ -51,7 +51,7 @@ def setup(rows, classes, dtype, quick, device):
     if compiled is None:
         lineup.skip("torch.compile", NOT_COMPILED)
     else:
-        lineup.peer("torch.compile", partial(step, compiled, *data))
+        lineup.peer("torch.compile", partial(step, compiled, *data), compiled=True)
     logits = data[0]
     lineup.ceiling(COPY, copy_of(2 * logits.numel() * logits.element_size(), device))
     return lineup

@@ -21,8 +21,8 @@ import torch
 WARM_UP = 3
 LEAST, USUAL, MOST = 5, 20, 60  # rounds where a round takes long, takes < 1 s, takes little
 SHORT_S, LONG_S = 1.5, 2.0  # aimed at: a race of short rounds; one contender of long ones
-SLOW_S = 4.0  # a peer slower than this gets SLOW_ROUNDS, so that the table ends in minutes
-SLOW_ROUNDS = 3
+SLOW_S = {"peer": 12.0, "ceiling": 1.0}  # slower ones get FEW rounds: the table ends in minutes
+FEW = 3
 
 
 class Unavailable(Exception):
@@ -40,6 +40,7 @@ class Contender:
     call: Callable[[], Any]
     error: Callable[[], float] | None
     repeat: int  # operations a call
+    compiled: bool  # its first call compiles
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Lineup:
     note: str = ""
     contenders: list[Contender] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    least: int = LEAST  # rounds of those whose call takes less than a second
     settle: float = 0.0  # seconds between calls, where peers bring threads that spin on
     derive: Callable[[dict[str, float]], dict[str, float]] | None = None  # from the medians
 
@@ -67,8 +69,9 @@ class Lineup:
         call: Callable[[], Any],
         error: Callable[[], float] | None = None,
         repeat: int = 1,
+        compiled: bool = False,
     ) -> None:
-        self.contenders.append(Contender(name, role, call, error, repeat))
+        self.contenders.append(Contender(name, role, call, error, repeat, compiled))
 
     def ours(self, call: Callable[[], Any], error: Callable[[], float], **more: Any) -> None:
         """The subject; ``error`` is called once and decides about the gate."""
@@ -152,7 +155,9 @@ def quantile(times: list[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def plan(estimates: dict[str, float], roles: dict[str, str], quick: bool) -> dict[str, int]:
+def plan(
+    estimates: dict[str, float], roles: dict[str, str], quick: bool, least: int = LEAST
+) -> dict[str, int]:
     """Rounds of each contender from the seconds of one call."""
     if quick:
         return dict.fromkeys(estimates, 2)
@@ -161,9 +166,10 @@ def plan(estimates: dict[str, float], roles: dict[str, str], quick: bool) -> dic
         return dict.fromkeys(estimates, min(MOST, max(USUAL, int(SHORT_S / whole))))
     rounds = {}
     for name, seconds in estimates.items():
-        rounds[name] = min(USUAL, max(LEAST, int(LONG_S / seconds)))
-        if seconds > SLOW_S and roles[name] == "peer":
-            rounds[name] = SLOW_ROUNDS
+        low = least if seconds < 1.0 else LEAST
+        rounds[name] = min(USUAL, max(low, int(LONG_S / seconds)))
+        if seconds > SLOW_S.get(roles[name], math.inf):
+            rounds[name] = FEW
     return rounds
 
 
@@ -201,8 +207,9 @@ def _warm_up(lineup: Lineup, device: torch.device) -> dict[str, float]:
     estimates = {}
     for contender in list(lineup.contenders):
         try:
-            first = timed(contender.call, device)  # compiles
-            again = first if first > SLOW_S else timed(contender.call, device)
+            again = timed(contender.call, device)
+            if contender.compiled or again < 1.0:
+                again = timed(contender.call, device)
             for _ in range(0 if again > 0.3 else WARM_UP - 2):
                 timed(contender.call, device)
         except Exception as error:
@@ -246,7 +253,7 @@ def run(
     }
     estimates = _warm_up(lineup, device)
     roles = {c.name: c.role for c in lineup.contenders}
-    rounds = plan(estimates, roles, quick)
+    rounds = plan(estimates, roles, quick, lineup.least)
     needed = sum(rounds[name] * estimates[name] for name in rounds)
     if time.perf_counter() - start + needed > seconds_left:
         raise OutOfTime

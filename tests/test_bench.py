@@ -212,7 +212,8 @@ def test_calls_are_interleaved_and_spread():
         ({"ours": 1e-6, "peer": 1e-6}, {"ours": 60, "peer": 60}),
         ({"ours": 0.4, "peer": 0.5}, {"ours": 20, "peer": 20}),
         ({"ours": 0.01, "peer": 1.5}, {"ours": 20, "peer": 5}),
-        ({"ours": 3.0, "peer": 5.0}, {"ours": 5, "peer": 3}),
+        ({"ours": 3.0, "peer": 5.0}, {"ours": 5, "peer": 5}),
+        ({"ours": 3.0, "peer": 15.0}, {"ours": 5, "peer": 3}),
     ],
 )
 def test_number_of_rounds(seconds, want):
