@@ -19,11 +19,11 @@ from als_ext.embedding import make_embedder
 from als_ext.models import build_model
 from als_ext.ops import weighted_loss
 from als_ext.reference.weighted_loss import weighted_loss as float64_loss
+from als_ext.trainer import _EVAL_BATCH
 from bench.race import USUAL, Lineup, Race
 
 CLASSES, BATCH, STEPS = 10, 256, 5
 WARM_UP = 60  # steps before the embeddings are taken
-EVALUATED = 1024  # images a forward pass of the embeddings, as in the Trainer
 ADAMW, EMBED, CORRECT = "AdamW + cross_entropy", "embeddings of all", "correction of all"
 
 
@@ -103,7 +103,7 @@ def setup(rows, steps, device):
 
     def embeddings():
         with torch.no_grad():
-            return torch.cat([embed(part) for part in x.split(EVALUATED)])
+            return torch.cat([embed(part) for part in x.split(_EVAL_BATCH)])
 
     embedded, weights = embeddings(), optimizer.weights
 
@@ -122,12 +122,14 @@ def setup(rows, steps, device):
     def derive(median):
         also_epoch, plain_epoch = median["ours"] * count, median[ADAMW] * count
         correction = median[EMBED] + median[CORRECT]
+        room = 1.10 - also_epoch / plain_epoch
         return {
             "ratio_without_correction": also_epoch / plain_epoch,
             "ratio_with_correction": (also_epoch + correction / period) / plain_epoch,
             "correction_in_epochs_of_adamw": correction / plain_epoch,
             "embeddings_in_epochs_of_adamw": median[EMBED] / plain_epoch,
             "period": period,
+            "period_for_1.10": correction / plain_epoch / room if room > 0 else None,
             "steps_an_epoch": count,
         }
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from bench import machine
 
 MARK = re.compile(r"(<!-- bench: (?P<name>[\w ]+) -->\n).*?(<!-- bench: end -->)", re.S)
-SOURCE = re.compile(r"bench/results/[\w.-]+\.json")
+SOURCE = re.compile(r"\[(bench/results/[\w.-]+\.json)\]")
 
 
 def times(ratio: float) -> str:
@@ -52,6 +52,10 @@ def _gate(row: dict[str, Any]) -> str:
         if gate["passed"]
         else (f"**FAILED: {gate['error']:.1e} > {gate['limit']:.1e}**")
     )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _left_out(result: dict[str, Any], op: str) -> list[str]:
@@ -95,7 +99,7 @@ def console(result: dict[str, Any]) -> Table:
         peers += [f"ours, {c['name']} ×{c['ratio']:.2f}" for c in of(row, "variant")]
         peers += [f"{name}: skipped" for name in row["skipped"]]
         ceilings = [f"{c['name']} {100 * c['ratio']:.0f} %" for c in of(row, "ceiling")]
-        ceilings += [f"{k} {v:.3g}" for k, v in (row["derived"] or {}).items()]
+        ceilings += [f"{k} {_number(v)}" for k, v in (row["derived"] or {}).items()]
         table.add_row(
             row["name"],
             f"{ms[0]:.4g} ({ms[1]:.4g} – {ms[2]:.4g})",
@@ -136,7 +140,7 @@ def operation(result: dict[str, Any], op: str) -> str:
                 cells.append("–")
             else:
                 cells.append(f"{100 * ratio:.0f} %" if role == "ceiling" else times(ratio))
-        cells += [f"{(row['derived'] or {}).get(key, float('nan')):.3g}" for key in derived]
+        cells += [_number((row["derived"] or {}).get(key)) for key in derived]
         mine = ours(row)
         spread = 100 * (mine["p80_s"] - mine["p20_s"]) / mine["median_s"]
         lines.append([row["case"], *cells, f"{spread:.0f} %", _gate(row), _rounds(row)])
