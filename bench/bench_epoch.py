@@ -136,6 +136,7 @@ def setup(rows, steps, device):
     lineup = Lineup(
         "weighted loss of a batch, relative, against float64", 2e-6, derive=derive, least=USUAL
     )
+    lineup.at_most = {"ratio_with_correction": 1.10}
     lineup.note = f"{steps} steps a round"
     lineup.ours(partial(ours, steps), error, repeat=steps)
     lineup.peer(ADAMW, partial(plain, steps), repeat=steps)

@@ -66,6 +66,7 @@ def setup(public, peer, quick, device):
     lineup.ours(repeated(call, count), error, repeat=count)
     lineup.peer("torch", repeated(usual, count), repeat=count)
     lineup.ceiling(BARE, repeated(replay, count), repeat=count)
+    lineup.at_most = {"overhead_us": 10.0}
     lineup.derive = lambda medians: {"overhead_us": 1e6 * (medians["ours"] - medians[BARE])}
     return lineup
 

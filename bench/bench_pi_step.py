@@ -107,6 +107,8 @@ def setup(n, size, mode, with_prior, quick, device):
         )
     else:
         lineup.ceiling(COPY, copy_of((8 if with_prior else 4) * n, device))
+        if n == 10_000_000:
+            lineup.at_least = {"reference, torch eager": 20.0, COPY: 0.6}
     return lineup
 
 
@@ -163,4 +165,5 @@ def curves(quick):
         },
         fit_from=0 if quick else 10**6,
         reference=1000 if quick else 10**5,
+        at_most={"ours, lazy": 1.2},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Curve:
         series: name -> functions that make a :class:`Point`.
         fit_from: the exponent is fitted to the points from this size on.
         reference: the time at the largest size is compared with that at this size.
+        at_most: targets for that comparison: series -> ratio.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Curve:
     series: dict[str, list[Callable[[], Point]]]
     fit_from: float
     reference: float | None = None
+    at_most: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -99,6 +101,7 @@ def run_curve(curve: Curve, *, quick: bool = False) -> dict[str, Any]:
         for point in own:
             if point["x"] == curve.reference:
                 ratio = own[-1]["median_s"] / point["median_s"]
-                compare = {"from": point["x"], "to": own[-1]["x"], "ratio": ratio}
+                most = curve.at_most.get(name)
+                compare = {"from": point["x"], "to": own[-1]["x"], "ratio": ratio, "most": most}
         row["series"].append({"name": name, "points": own, "fit": fit, "compare": compare})
     return row

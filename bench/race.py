@@ -60,6 +60,8 @@ class Lineup:
     skipped: dict[str, str] = field(default_factory=dict)
     least: int = LEAST  # rounds of those whose call takes less than a second
     settle: float = 0.0  # seconds between calls, where peers bring threads that spin on
+    at_least: dict[str, float] = field(default_factory=dict)  # targets: contender -> ratio
+    at_most: dict[str, float] = field(default_factory=dict)  # targets: derived figure -> value
     derive: Callable[[dict[str, float]], dict[str, float]] | None = None  # from the medians
 
     def _add(
@@ -222,6 +224,20 @@ def _warm_up(lineup: Lineup, device: torch.device) -> dict[str, float]:
     return estimates
 
 
+def _targets(lineup: Lineup, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was aimed at beside what was reached; a contender that was skipped has no target."""
+    ratios = {c["name"]: c["ratio"] for c in row["contenders"]}
+    found = [
+        {"what": name, "least": least, "got": ratios[name], "met": ratios[name] >= least}
+        for name, least in lineup.at_least.items()
+        if name in ratios
+    ]
+    for name, most in lineup.at_most.items():
+        got = row["derived"][name]
+        found.append({"what": name, "most": most, "got": got, "met": got <= most})
+    return found
+
+
 def run(
     race: Race,
     *,
@@ -278,5 +294,6 @@ def run(
     row["skipped"] = lineup.skipped
     row["note"] = lineup.note
     row["derived"] = None if lineup.derive is None else lineup.derive(medians)
+    row["targets"] = _targets(lineup, row)
     row["took_s"] = round(time.perf_counter() - start, 1)
     return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def head(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         "date": now.isoformat(timespec="seconds"),
         "settings": settings,
         **machine.facts(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "complete": False,
         "rows": [],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,42 @@ def losses(result: dict[str, Any]) -> str:
     return "\n".join([f"In {len(found)} of the {count} comparisons with a peer:", "", *found])
 
 
+def targets(results: Iterable[dict[str, Any]]) -> str:
+    """Every target beside what was reached."""
+    lines = []
+    for result in results:
+        for row in result["rows"]:
+            for target in row.get("targets", []):
+                least = "least" in target
+                aim = f"≥ {target['least']:.2f}" if least else f"≤ {target['most']:.2f}"
+                lines.append((row["name"], target["what"], aim, target["got"], target["met"]))
+            for series in row.get("series", []):
+                found = series["compare"]
+                if found is not None and found["most"] is not None:
+                    what = f"{series['name']}, {found['to']:g} against {found['from']:g}"
+                    met = found["ratio"] <= found["most"]
+                    lines.append((row["name"], what, f"≤ {found['most']:.2f}", found["ratio"], met))
+    cells = []
+    for name, what, aim, got, met in lines:
+        shown = (f"{got:.2f}", "yes") if met else (f"**{got:.2f}**", "**no**")
+        cells.append([name, what.replace("_", " "), aim, *shown])
+    count = sum(line[-1] for line in lines)
+    table = _markdown_table(["race", "against", "target", "reached", "met"], cells)
+    return f"{count} of {len(lines)} targets are met.\n\n{table}"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Smallest, median and largest ratio of each operation to each peer."""
+    lines = []
+    for op in _unique(row["op"] for row in raced(result)):
+        peers = [c for row in raced(result, op) for c in of(row, "peer")]
+        for name in _unique(c["name"] for c in peers):
+            ratios = [c["ratio"] for c in peers if c["name"] == name]
+            cells = map(times, (min(ratios), statistics.median(ratios), max(ratios)))
+            lines.append([op, name, str(len(ratios)), *cells])
+    return _markdown_table(["operation", "peer", "rows", "smallest", "median", "largest"], lines)
+
+
 def fits(result: dict[str, Any]) -> str:
     """The fitted exponents."""
     rows = []
@@ -231,6 +268,7 @@ def markdown(result: dict[str, Any]) -> str:
         return fits(result)
     ops = _unique(row["op"] for row in result["rows"])
     parts = [f"## {op}\n\n{operation(result, op)}" for op in ops]
+    parts.append(f"## Targets\n\n{targets([result])}")
     return "\n\n".join([*parts, f"## Where a peer is faster\n\n{losses(result)}"])
 
 
@@ -247,14 +285,16 @@ def render(text: str, results: dict[str, dict[str, Any]]) -> str:
         name = match["name"]
         if name == "origin":
             body = origin(results)
+        elif name == "targets":
+            body = targets(results.values())
         elif name in {"curves", "curve plots"}:
             if "curves" not in kinds:
                 return match[0]
             body = fits(kinds["curves"]) if name == "curves" else _images(kinds["curves"])
         elif "table" not in kinds:
             return match[0]
-        elif name == "losses":
-            body = losses(kinds["table"])
+        elif name in {"losses", "summary"}:
+            body = {"losses": losses, "summary": summary}[name](kinds["table"])
         else:
             body = operation(kinds["table"], name)
         return f"{match[1]}\n{body}\n\n{match[3]}"
@@ -345,7 +385,7 @@ def _ratios(plt: Any, result: dict[str, Any]) -> Any:
             if c["name"] == peer
         ]
         x, y = zip(*found, strict=True)
-        marker = "osD^v<>PX*"[number // 10 % 10]
+        marker = "osD^v<>PX*"[number % 10]
         axis.scatter(x, y, s=14, label=peer, marker=marker)
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_xscale("log")

@@ -181,6 +181,19 @@ def test_a_peer_that_raises_is_skipped_by_name_and_ours_is_not():
         race.run(race.Race("op", "case", lambda _: made), quick=True)
 
 
+def test_targets_stand_beside_what_was_reached():
+    made = lineup()
+    made.at_least = {"slow": 1.1, "nothing": 0.9, "absent": 1.0}
+    made.derive = lambda medians: {"figure": 2.0}
+    made.at_most = {"figure": 1.0}
+    row = race.run(race.Race("op", "case", lambda _: made), quick=True)
+    met = {target["what"]: target["met"] for target in row["targets"]}
+    assert met == {"slow": True, "nothing": False, "figure": False}
+    text = report.targets([{"rows": [{"name": "op/case", **row}]}])
+    assert text.startswith("1 of 3 targets are met.")
+    assert "| op/case | figure | ≤ 1.00 | **2.00** | **no** |" in text
+
+
 def test_what_is_unavailable_is_a_named_row():
     def setup(_):
         raise race.Unavailable("not in this version")
