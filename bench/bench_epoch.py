@@ -141,8 +141,8 @@ def setup(rows, steps, device):
     lineup.ours(partial(ours, steps), error, repeat=steps)
     lineup.peer(ADAMW, partial(plain, steps), repeat=steps)
     lineup.ceiling("forward and backward alone", partial(bare, steps), repeat=steps)
-    lineup.variant(EMBED, embeddings)
-    lineup.variant(CORRECT, correct)
+    lineup.part(EMBED, embeddings)
+    lineup.part(CORRECT, correct)
     return lineup
 
 

@@ -21,7 +21,11 @@ import torch
 WARM_UP = 3
 LEAST, USUAL, MOST = 5, 20, 60  # rounds where a round takes long, takes < 1 s, takes little
 SHORT_S, LONG_S = 1.5, 2.0  # aimed at: a race of short rounds; one contender of long ones
-SLOW_S = {"peer": 12.0, "ceiling": 1.0}  # slower ones get FEW rounds: the table ends in minutes
+SLOW_S = {
+    "peer": 12.0,
+    "ceiling": 1.0,
+    "part": 1.0,
+}  # slower ones get FEW rounds: the table ends in minutes
 FEW = 3
 
 
@@ -36,7 +40,7 @@ class OutOfTime(Exception):
 @dataclass(frozen=True)
 class Contender:
     name: str
-    role: str  # ours, variant (also ours), peer, ceiling
+    role: str  # ours, variant (also ours), peer, ceiling, part (of a derived figure)
     call: Callable[[], Any]
     error: Callable[[], float] | None
     repeat: int  # operations a call
@@ -90,6 +94,10 @@ class Lineup:
     def ceiling(self, name: str, call: Callable[[], Any], **more: Any) -> None:
         """What the machine does at best with the same bytes or the same products."""
         self._add(name, "ceiling", call, **more)
+
+    def part(self, name: str, call: Callable[[], Any], **more: Any) -> None:
+        """What only enters a derived figure."""
+        self._add(name, "part", call, **more)
 
     def skip(self, name: str, reason: str) -> None:
         """Name a peer that does not race, and why."""
