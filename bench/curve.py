@@ -87,7 +87,7 @@ def run_curve(curve: Curve, *, quick: bool = False) -> dict[str, Any]:
                 "median_s": statistics.median(taken),
                 "p20_s": quantile(taken, 0.2),
                 "p80_s": quantile(taken, 0.8),
-                "seconds": [float(f"{t:.5g}") for t in taken],
+                "seconds": [float(f"{t:.4g}") for t in taken],
             }
             for (series, x), taken in times.items()
             if series == name

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 WARM_UP = 3
-LEAST, USUAL, MOST = 5, 20, 60  # rounds where a round takes long, takes < 1 s, takes little
+LEAST, USUAL, MOST = 5, 20, 40  # rounds where a round takes long, takes < 1 s, takes little
 SHORT_S, LONG_S = 1.5, 2.0  # aimed at: a race of short rounds; one contender of long ones
 SLOW_S = {
     "peer": 12.0,
@@ -295,7 +295,7 @@ def run(
             "rounds": len(times[c.name]),
             "repeat": c.repeat,
             "error": errors.get(c.name),
-            "seconds": [float(f"{t / c.repeat:.5g}") for t in times[c.name]],
+            "seconds": [float(f"{t / c.repeat:.4g}") for t in times[c.name]],
         }
         for c in lineup.contenders
     ]

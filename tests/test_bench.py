@@ -221,8 +221,8 @@ def test_calls_are_interleaved_and_spread():
 @pytest.mark.parametrize(
     ("seconds", "want"),
     [
-        ({"ours": 0.01, "peer": 0.02}, {"ours": 50, "peer": 50}),
-        ({"ours": 1e-6, "peer": 1e-6}, {"ours": 60, "peer": 60}),
+        ({"ours": 0.02, "peer": 0.03}, {"ours": 30, "peer": 30}),
+        ({"ours": 1e-6, "peer": 1e-6}, {"ours": 40, "peer": 40}),
         ({"ours": 0.4, "peer": 0.5}, {"ours": 20, "peer": 20}),
         ({"ours": 0.01, "peer": 1.5}, {"ours": 20, "peer": 5}),
         ({"ours": 3.0, "peer": 5.0}, {"ours": 5, "peer": 5}),
