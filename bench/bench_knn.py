@@ -14,7 +14,7 @@ import torch
 import als_ext
 from als_ext.ops import knn
 from als_ext.reference.knn import knn as float64_knn
-from bench.curve import Curve, Point
+from bench.curve import Curve
 from bench.race import Lineup, Race
 
 BLOCK = 2048  # queries at a time for peers that make a Q × M matrix
@@ -167,19 +167,19 @@ def races(quick):
 def curves(quick):
     queries, rows, dim = (64, 600, 16) if quick else (1024, ROWS, 128)
 
-    def ours(x, dim, k, rows):
+    def ours(dim, k, rows):
         query, database = inputs(queries, rows, dim, "random")
-        return Point(x, partial(knn, query, database, k))
+        return partial(knn, query, database, k)
 
-    def faiss(x, dim, k, rows):
+    def faiss(dim, k, rows):
         query, database = inputs(queries, rows, dim, "random")
-        return Point(x, partial(faiss_flat(database).search, query.numpy(), k))
+        return partial(faiss_flat(database).search, query.numpy(), k)
 
     def curve(x, values, fit_from, **fixed):
         letter = x[-1]
         series = {}
         for name, make in (("ours", ours), ("faiss", faiss)):
-            series[name] = [partial(make, v, **{**fixed, names[letter]: v}) for v in values]
+            series[name] = {v: partial(make, **{**fixed, names[letter]: v}) for v in values}
         stated = ", ".join(f"{s} = {fixed[n]}" for s, n in names.items() if s != letter)
         return Curve("knn", f"{x} ({queries} queries, {stated})", series, fit_from)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from als_ext.ops import sample_loss, weighted_loss
 from als_ext.reference.weighted_loss import weighted_loss as float64_loss
-from bench.curve import Curve, Point
+from bench.curve import Curve
 from bench.inputs import COPY, LIMIT, batch, copy_of, deviation
 from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
 
@@ -77,14 +77,14 @@ def curves(quick):
     def point(function, count):
         data = batch(rows, count, "float32", torch.device("cpu"))
         data[0].requires_grad_()
-        return Point(count, partial(step, function, *data))
+        return partial(step, function, *data)
 
     yield Curve(
         "weighted_loss",
         f"classes C (forward and backward, {rows} rows, float32)",
         {
-            "ours": [partial(point, weighted_loss, count) for count in classes],
-            "torch eager": [partial(point, eager, count) for count in classes],
+            "ours": {count: partial(point, weighted_loss, count) for count in classes},
+            "torch eager": {count: partial(point, eager, count) for count in classes},
         },
         fit_from=10 if quick else 1000,
     )

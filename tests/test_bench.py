@@ -256,7 +256,7 @@ def test_the_exponent_is_that_of_least_squares():
 
 
 def sleeper(scale):
-    return [lambda x=x: curve.Point(x, lambda: time.sleep(scale * x)) for x in (1.0, 2.0, 4.0, 8.0)]
+    return {x: lambda x=x: lambda: time.sleep(scale * x) for x in (1.0, 2.0, 4.0, 8.0)}
 
 
 def unavailable():
@@ -264,7 +264,7 @@ def unavailable():
 
 
 def test_a_curve_fits_over_its_range_and_compares():
-    made = curve.Curve("op", "x", {"a": sleeper(2e-3), "b": [unavailable]}, 2.0, reference=1.0)
+    made = curve.Curve("op", "x", {"a": sleeper(2e-3), "b": {1.0: unavailable}}, 2.0, reference=1.0)
     row = curve.run_curve(made, quick=True)
     (series,) = row["series"]
     assert row["skipped"] == {"b": "not here"}
