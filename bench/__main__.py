@@ -23,12 +23,13 @@ from rich.console import Console
 from bench import curve, machine, race, record, report
 
 app = typer.Typer(
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Race every operation against its peers; one table, one JSON. Exit codes: 0 done, "
     "1 a gate or a race failed, 2 bad input, 3 rows are missing (time limit).",
 )
-CURVE_MINUTES = 1.5  # a curve takes less
+CURVE_MINUTES = 1.0  # a curve takes less
 DONE, FAILED, BAD_INPUT, UNFINISHED = 0, 1, 2, 3
 
 Only = Annotated[str | None, typer.Option(help="Operations, separated by commas.")]
