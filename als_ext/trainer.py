@@ -31,7 +31,8 @@ from als_ext.ops._checks import check_choice, check_int
 from als_ext.progress import ProgressBar
 from als_ext.runtime import reproducible, resolve_device, rng_state, set_rng_state
 
-_EVAL_BATCH = 1024
+# The activations of a larger batch are more than malloc keeps: on a CPU each is paged in anew.
+_EVAL_BATCH = 256
 CHECKPOINT = "checkpoint.pt"
 
 

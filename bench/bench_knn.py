@@ -1,85 +1,192 @@
-"""knn against the ways it is done today. Ceiling: the matrix product of the same shape alone."""
+"""Exact nearest neighbours against the ways they are found today.
+
+What each peer is given is made before the clock starts: a faiss index that holds the database
+already, scikit-learn's fitted brute force, numpy arrays for both. Ceilings: the matrix product of
+the same shape alone, float32 and bfloat16, its result thrown away; for one query, a read of the
+database.
+"""
 
 import functools
+from functools import partial
 
-import pytest
 import torch
 
+import als_ext
 from als_ext.ops import knn
 from als_ext.reference.knn import knn as float64_knn
+from bench.curve import Curve
+from bench.race import Lineup, Race
 
-STEP = 2048  # queries at a time for peers that make a Q x M matrix
+BLOCK = 2048  # queries at a time for peers that make a Q × M matrix
+DIMS, KS = (8, 64, 128, 512, 768), (1, 10, 64, 500)
+ROWS, QUERIES = 60_000, 4096
+CHECKED = 20  # queries compared with float64
+ORDERS = ("nearest first", "farthest first")
 
 
-def in_batches(step, query, *args):
-    return [torch.cat(p) for p in zip(*[step(q, *args) for q in query.split(STEP)], strict=True)]
+@functools.lru_cache(maxsize=4)  # the largest is 184 MB
+def points(count, dim, seed):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(queries, rows, dim, order):
+    """Gaussian rows; ``order`` sorts the database by its distance from the first query."""
+    if order == "self":
+        return (points(rows, dim, 0),) * 2
+    query, database = points(queries, dim, 1), points(rows, dim, 0)
+    if order != "random":
+        far = (database - query[0]).square().sum(dim=1)
+        database = database[far.argsort(descending=order == "farthest first")]
+    return query, database
 
 
 def cdist_topk(query, database, k):
-    return torch.cdist(query, database).topk(k, dim=1, largest=False)
+    parts = [
+        torch.cdist(part, database).topk(k, dim=1, largest=False) for part in query.split(BLOCK)
+    ]
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def product(query, database):
-    """What no exact method that multiplies can undercut: the scores, written and thrown away."""
-    for part in query.split(STEP):
-        part @ database.T
+    """What no exact method that multiplies can undercut: the scores, into memory that is there."""
+    transposed, buffer = database.T, query.new_empty(min(BLOCK, len(query)), len(database))
+
+    def call():
+        for part in query.split(BLOCK):
+            torch.mm(part, transposed, out=buffer[: len(part)])
+
+    return call
 
 
-def sklearn_brute(database, k):
-    neighbors = pytest.importorskip("sklearn.neighbors")
-    model = neighbors.NearestNeighbors(n_neighbors=k, algorithm="brute").fit(database.numpy())
-    return lambda query: model.kneighbors(query.numpy())
+def mismatch(got, want):
+    """Share of neighbours that are not those of the float64 search, or not in its order."""
+    return (got != want).float().mean().item()
+
+
+def has_bf16_products():
+    return any("bf16" in name and there for name, there in als_ext.build_info()["cpu"].items())
 
 
 def faiss_flat(database):
-    try:
-        import faiss
-    except ImportError:
-        return None
+    import faiss
+
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatL2(database.shape[1])
     index.add(database.numpy())
     return index
 
 
-def ordered(points, query, order):
-    if order == "random":
-        return points
-    far = (points - query[0]).square().sum(dim=1)
-    return points[far.argsort(descending=order == "farthest first")]
+def sklearn_brute(database, k):
+    from sklearn.neighbors import NearestNeighbors
+
+    return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(database.numpy())
 
 
-@pytest.mark.parametrize(
-    ("dim", "k", "order"),
-    [
-        (128, 10, "random"),
-        (128, 10, "nearest first"),
-        (128, 10, "farthest first"),
-        (128, 100, "random"),
-        (128, 500, "random"),
-        (8, 10, "random"),
-        (768, 10, "random"),
-    ],
-)
-def test_knn(race, device, dim, k, order):
-    queries, rows = race.size(2_000, 64), race.size(60_000, 600)
-    g = torch.Generator().manual_seed(0)
-    query = torch.randn(queries, dim, generator=g)
-    database = ordered(torch.randn(rows, dim, generator=g), query, order)
-    query, database = query.to(device), database.to(device)
-    compiled = torch.compile(cdist_topk) if not race.smoke else cdist_topk
-    contenders = {
-        "ours": lambda: knn(query, database, k),
-        "ours, fast": lambda: knn(query, database, k, precision="fast"),
-        "cdist + topk": lambda: in_batches(cdist_topk, query, database, k),
-        "torch.compile": lambda: in_batches(compiled, query, database, k),
-        "product alone (ceiling)": lambda: product(query, database),
-    }
+@functools.lru_cache(maxsize=1)  # seconds at D = 768, and the same for every k
+def nearest(queries, rows, dim, order):
+    query, database = inputs(queries, rows, dim, order)
+    return float64_knn(query[:CHECKED], database, max(KS), exclude_self=order == "self")
+
+
+def setup(queries, rows, dim, k, order, few, device):
+    query, database = (part.to(device) for part in inputs(queries, rows, dim, order))
+    exclude = order == "self"
+    ours = partial(knn, query, database, k, exclude_self=exclude)
+    want = [part[:, :k] for part in nearest(queries, rows, dim, order)]
+
+    def error():
+        distance, index = (part[:CHECKED].cpu() for part in ours())
+        wrong = (distance != want[0]).float().mean().item()
+        return max(wrong, mismatch(index, want[1]))
+
+    lineup = Lineup("share of neighbours out of set or order, against float64", 0.0)
+    lineup.ours(ours, error)
+    reason = "raced at D = 8 and 128, k = 10, to bound the time"
+    if few:
+        for name in ("fast", "scikit-learn", "cdist + topk"):
+            lineup.skip(name, reason)
+    else:
+        fast = partial(knn, query, database, k, exclude_self=exclude, precision="fast")
+        lineup.variant("fast", fast)
+        lineup.peer("cdist + topk", partial(cdist_topk, query, database, k + exclude))
     if device.type == "cpu":
-        contenders["scikit-learn"] = functools.partial(sklearn_brute(database, k), query)
+        _cpu_peers(lineup, query, database, k + exclude, few, None if exclude else want[1])
+    if queries == 1:
+        lineup.ceiling("read of the database", lambda: database.amax())
+    lineup.at_least = {"faiss": 1.0}
+    if exclude:
+        lineup.at_least = {"faiss": 2.5 if has_bf16_products() else 1.5, "float32 product": 1 / 1.1}
+    lineup.ceiling("float32 product", product(query, database))
+    lineup.ceiling("bfloat16 product", product(query.bfloat16(), database.bfloat16()))
+    return lineup
+
+
+def _cpu_peers(lineup, query, database, k, few, want):
+    lineup.settle = 0.003 if query.shape[0] <= 16 else 0.0
+    queries = query.numpy()
+
+    def error(search):
+        if want is None:
+            return None
+        return lambda: mismatch(torch.from_numpy(search(queries[:CHECKED])[1]).long(), want)
+
+    try:
         index = faiss_flat(database)
-        if index is not None:
-            contenders["faiss"] = lambda: index.search(query.numpy(), k)
-    got, want = knn(query[:20], database, k), float64_knn(query[:20], database, k)
-    wrong = (got[1] != want[1]).sum() + (got[0] != want[0]).sum()
-    race(contenders, error=wrong.item(), limit=0)
+        search = partial(index.search, k=k)
+        lineup.peer("faiss", partial(search, queries), error=error(search))
+    except ImportError:
+        lineup.skip("faiss", "faiss-cpu is not installed")
+    if few:
+        return
+    try:
+        model = sklearn_brute(database, k)
+        search = partial(model.kneighbors)
+        lineup.peer("scikit-learn", partial(search, queries), error=error(search))
+    except ImportError:
+        lineup.skip("scikit-learn", "scikit-learn is not installed")
+
+
+def races(quick):
+    rows, queries = (600, 64) if quick else (ROWS, QUERIES)
+
+    def race(count, dim, k, order="random", few=False):
+        case = f"D = {dim}, k = {k}, Q = {count}"
+        case += "" if order == "random" else f", {order}"
+        return Race("knn", case, partial(setup, count, rows, dim, k, order, few))
+
+    grid = [(dim, k) for dim in ((8, 24) if quick else DIMS) for k in ((1, 10) if quick else KS)]
+    for dim, k in grid:
+        yield race(queries, dim, k, few=not (dim in (8, 128) and k == 10))
+    yield race(rows, 24 if quick else 128, 10, "self", few=True)
+    for order in ORDERS:
+        yield race(queries, 24 if quick else 128, 10, order, few=True)
+    for count in (1, 16):
+        yield race(count, 24 if quick else 128, 10)
+
+
+def curves(quick):
+    queries, rows, dim = (64, 600, 16) if quick else (1024, ROWS, 128)
+
+    def ours(dim, k, rows):
+        query, database = inputs(queries, rows, dim, "random")
+        return partial(knn, query, database, k)
+
+    def faiss(dim, k, rows):
+        query, database = inputs(queries, rows, dim, "random")
+        return partial(faiss_flat(database).search, query.numpy(), k)
+
+    def curve(x, values, fit_from, **fixed):
+        letter = x[-1]
+        series = {}
+        for name, make in (("ours", ours), ("faiss", faiss)):
+            series[name] = {v: partial(make, **{**fixed, names[letter]: v}) for v in values}
+        stated = ", ".join(f"{s} = {fixed[n]}" for s, n in names.items() if s != letter)
+        return Curve("knn", f"{x} ({queries} queries, {stated})", series, fit_from)
+
+    names = {"D": "dim", "k": "k", "M": "rows"}
+    dims = [4, 16] if quick else [8, 16, 32, 64, 128, 256, 512, 1024]
+    ks = [1, 8] if quick else [1, 4, 10, 32, 64, 128, 256, 500]
+    databases = [300, 600] if quick else [1000, 3000, 10_000, 30_000, 100_000, 300_000]
+    yield curve("dimension D", dims, 0 if quick else 64, k=10, rows=rows, dim=dim)
+    yield curve("neighbours k", ks, 0 if quick else 10, k=10, rows=rows, dim=dim)
+    yield curve("database M", databases, 0 if quick else 10_000, k=10, rows=rows, dim=dim)

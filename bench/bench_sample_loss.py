@@ -1,12 +1,23 @@
-import pytest
+"""Losses of the samples: forward alone, and with the backward pass of given weights.
+
+Ceiling: a copy that moves as many bytes: forward reads the logits; backward reads them again and
+writes the gradient.
+"""
+
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from als_ext.ops import sample_loss
 from als_ext.reference.sample_loss import sample_loss as float64_loss
+from bench.bench_weighted_loss import SHAPES
+from bench.inputs import COPY, LIMIT, batch, copy_of, deviation
+from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
 
-SHAPES = [(8192, 10), (8192, 1000), (1024, 32_000)]
-LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # bfloat16: gradients are rounded once
+
+def cross_entropy(logits, target):
+    return F.cross_entropy(logits, target, reduction="none")
 
 
 def focal(logits, target):
@@ -15,66 +26,63 @@ def focal(logits, target):
     return -((1 - log_p.exp()) ** 2) * log_p
 
 
-def cross_entropy(logits, target):
-    return F.cross_entropy(logits, target, reduction="none")
+def gce(logits, target):
+    p = logits.softmax(dim=1).gather(1, target[:, None]).squeeze(1)
+    return (1 - p**0.7) / 0.7
 
 
-LOSSES = {
+EAGER = {
     "cross_entropy": (cross_entropy, {}),
     "focal": (focal, {"gamma": 2.0}),
+    "gce": (gce, {"q": 0.7}),
 }
 
 
-def data(rows, classes, dtype, device):
-    g = torch.Generator().manual_seed(0)
-    logits = (torch.randn(rows, classes, generator=g) * 3).to(dtype).to(device)
-    target = torch.randint(0, classes, (rows,), generator=g).to(device)
-    return logits, target, torch.rand(rows, generator=g).to(device)
+def forward(function, logits, target, weight):
+    with torch.no_grad():
+        return function(logits, target)
 
 
-def both(function, logits, target, weight):
+def full(function, logits, target, weight):
     """Losses, and the gradient of their weighted sum."""
     values = function(logits, target)
     return values.detach(), torch.autograd.grad(values, logits, weight.to(values.dtype))[0]
 
 
-def deviation(got, want):
-    """Largest error of losses (relative) and gradients (relative to the largest of the row)."""
-    loss = ((got[0] - want[0]).abs() / (1 + want[0].abs())).max()
-    scale = want[1].abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    return max(loss.item(), ((got[1] - want[1]).abs() / scale).max().item())
+def setup(loss, part, rows, classes, dtype, quick, device):
+    data = batch(rows, classes, dtype, device)
+    data[0].requires_grad_()
+    eager, parameters = EAGER[loss]
+    ours = partial(sample_loss, loss=loss, **parameters)
+    exact = data[0].detach().double().requires_grad_()
+    want = full(partial(float64_loss, loss=loss, **parameters), exact, *data[1:])
+    run = forward if part == "forward" else full
+
+    def error(function):
+        return lambda: deviation(full(function, *data), want)
+
+    lineup = Lineup("losses and gradients, relative, against float64", LIMIT[dtype])
+    lineup.ours(partial(run, ours, *data), error(ours))
+    lineup.peer("torch eager", partial(run, eager, *data), error=error(eager))
+    compiled = compile_peer(eager, quick)
+    if compiled is None:
+        lineup.skip("torch.compile", NOT_COMPILED)
+    else:
+        lineup.peer("torch.compile", partial(run, compiled, *data), compiled=True)
+    size = data[0].numel() * data[0].element_size()
+    lineup.ceiling(COPY, copy_of(size if run is forward else 3 * size, device))
+    return lineup
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "classes"), SHAPES)
-@pytest.mark.parametrize("part", ["forward", "backward", "full"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_sample_loss(race, device, loss, part, rows, classes, dtype):
-    eager, parameters = LOSSES[loss]
-    logits, target, weight = data(race.size(rows, 64), race.size(classes, 10), dtype, device)
-    logits.requires_grad_()
-
-    def ours(logits, target):
-        return sample_loss(logits, target, loss=loss, **parameters)
-
-    compiled = eager if race.smoke else torch.compile(eager, dynamic=False)
-    want = both(
-        lambda z, y: float64_loss(z, y, loss=loss, **parameters), logits.double(), target, weight
-    )
-    error = deviation(both(ours, logits, target, weight), want)
-    functions = {"ours": ours, "torch eager": eager, "torch.compile": compiled}
-
-    def contender(function):
-        if part == "forward":
-            return lambda: function(logits, target)
-        if part == "full":
-            return lambda: both(function, logits, target, weight)
-        values = function(logits, target)
-        factor = weight.to(values.dtype)
-        return lambda: torch.autograd.grad(values, logits, factor, retain_graph=True)
-
-    contenders = {name: contender(function) for name, function in functions.items()}
-    source = logits.detach()
-    target_of_copy = torch.empty_like(source)
-    contenders["copy of the logits (ceiling)"] = lambda: target_of_copy.copy_(source)
-    race(contenders, error=error, limit=LIMIT[dtype])
+def races(quick):
+    cases = [
+        ("cross_entropy", part, *shape, dtype)
+        for part in ("forward", "full")
+        for dtype in LIMIT
+        for shape in ([(64, 10)] if quick else SHAPES)
+    ]
+    shape = (64, 10) if quick else (8192, 100)
+    cases += [(loss, "full", *shape, "float32") for loss in ("focal", "gce")]
+    for loss, part, rows, classes, dtype in cases:
+        case = f"{loss} {part}, {rows} × {classes}, {dtype}"
+        yield Race("sample_loss", case, partial(setup, loss, part, rows, classes, dtype, quick))

@@ -1,12 +1,28 @@
-import pytest
+"""Forward and backward of the weighted sum of losses, as in a training step.
+
+Ceiling: the logits are read once and the gradient is written once; so does a copy of them.
+"""
+
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from als_ext.ops import sample_loss, weighted_loss
 from als_ext.reference.weighted_loss import weighted_loss as float64_loss
+from bench.curve import Curve
+from bench.inputs import COPY, LIMIT, batch, copy_of, deviation
+from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
 
-SHAPES = [(256, 10), (8192, 10), (8192, 1000), (1024, 32_000)]
-LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # bfloat16: gradients are rounded once
+SHAPES = [
+    *((32, 10), (256, 10), (8192, 10)),
+    *((256, 100), (8192, 100), (8192, 1000), (1024, 32_000)),
+]
+
+TARGETS = {
+    (8192, 10, "float32"): {"torch eager": 3.0},
+    (8192, 1000, "float32"): {"torch eager": 5.0, "torch.compile": 3.0},
+}
 
 
 def eager(logits, target, weight):
@@ -19,39 +35,56 @@ def composed(logits, target, weight):
     return (weight * losses).sum(), losses
 
 
-def deviation(got, want):
-    """Largest error of the total (relative) and of gradients (relative to the row's largest)."""
-    total = (got[0] - want[0]).abs() / (1 + want[0].abs())
-    scale = want[1].abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    return max(total.item(), ((got[1] - want[1]).abs() / scale).max().item())
+def step(function, logits, target, weight):
+    total, _ = function(logits, target, weight)
+    return total.detach(), torch.autograd.grad(total, logits)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "classes"), SHAPES)
-def test_weighted_loss(race, device, rows, classes, dtype):
-    """Forward and backward with a weight for every sample, as in a training step."""
-    rows, classes = race.size(rows, 64), race.size(classes, 10)
-    g = torch.Generator().manual_seed(0)
-    logits = (torch.randn(rows, classes, generator=g) * 3).to(dtype).to(device).requires_grad_()
-    target = torch.randint(0, classes, (rows,), generator=g).to(device)
-    weight = torch.rand(rows, generator=g).to(device)
-    compiled = eager if race.smoke else torch.compile(eager, dynamic=False)
+def setup(rows, classes, dtype, quick, device):
+    data = batch(rows, classes, dtype, device)
+    data[0].requires_grad_()
+    want = step(float64_loss, data[0].detach().double().requires_grad_(), *data[1:])
 
-    def step(function, z=logits):
-        total, _ = function(z, target, weight)
-        return total.detach(), torch.autograd.grad(total, z)[0]
+    def error(function):
+        return lambda: deviation(step(function, *data), want)
 
-    error = deviation(step(weighted_loss), step(float64_loss, logits.double()))
-    source = logits.detach()
-    target_of_copy = torch.empty_like(source)
-    race(
+    lineup = Lineup("total and gradients, relative, against float64", LIMIT[dtype])
+    lineup.ours(partial(step, weighted_loss, *data), error(weighted_loss))
+    lineup.variant("by sample_loss", partial(step, composed, *data), error=error(composed))
+    lineup.peer("torch eager", partial(step, eager, *data), error=error(eager))
+    compiled = compile_peer(eager, quick)
+    if compiled is None:
+        lineup.skip("torch.compile", NOT_COMPILED)
+    else:
+        lineup.peer("torch.compile", partial(step, compiled, *data), compiled=True)
+    logits = data[0]
+    lineup.ceiling(COPY, copy_of(2 * logits.numel() * logits.element_size(), device))
+    lineup.at_least = TARGETS.get((rows, classes, dtype), {})
+    return lineup
+
+
+def races(quick):
+    for dtype in LIMIT:
+        for rows, classes in [(64, 10), (64, 100)] if quick else SHAPES:
+            case = f"{rows} × {classes}, {dtype}"
+            yield Race("weighted_loss", case, partial(setup, rows, classes, dtype, quick))
+
+
+def curves(quick):
+    rows = 64 if quick else 1024
+    classes = [10, 40] if quick else [10, 32, 100, 316, 1000, 3162, 10_000, 32_000]
+
+    def point(function, count):
+        data = batch(rows, count, "float32", torch.device("cpu"))
+        data[0].requires_grad_()
+        return partial(step, function, *data)
+
+    yield Curve(
+        "weighted_loss",
+        f"classes C (forward and backward, {rows} rows, float32)",
         {
-            "ours": lambda: step(weighted_loss),
-            "ours by sample_loss": lambda: step(composed),
-            "torch eager": lambda: step(eager),
-            "torch.compile": lambda: step(compiled),
-            "copy of the logits (ceiling)": lambda: target_of_copy.copy_(source),
+            "ours": {count: partial(point, weighted_loss, count) for count in classes},
+            "torch eager": {count: partial(point, eager, count) for count in classes},
         },
-        error=error,
-        limit=LIMIT[dtype],
+        fit_from=10 if quick else 1000,
     )

@@ -1,0 +1,191 @@
+"""``python -m bench``: race every operation, print one table, write one JSON.
+
+python -m bench                                 the table of docs/performance.md
+python -m bench --only knn,weighted_loss        some operations
+python -m bench --max-minutes 10 --resume       go on where the last call stopped
+python -m bench curves                          time against n, C, D, k and M
+python -m bench report FILE... [--page PAGE]    Markdown of results; tables and plots of a page
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from bench import curve, machine, race, record, report
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Race every operation against its peers; one table, one JSON. Exit codes: 0 done, "
+    "1 a gate or a race failed, 2 bad input, 3 rows are missing (time limit).",
+)
+CURVE_MINUTES = 1.0  # a curve takes less
+DONE, FAILED, BAD_INPUT, UNFINISHED = 0, 1, 2, 3
+
+Only = Annotated[str | None, typer.Option(help="Operations, separated by commas.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, two rounds: a smoke test.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of all; torch's by default.")]
+Out = Annotated[Path | None, typer.Option(help="JSON to write; in bench/results by default.")]
+Minutes = Annotated[float, typer.Option(help="Start no race that would end later.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep the rows that the file has.")]
+
+
+@app.callback(invoke_without_command=True)
+def table(
+    context: typer.Context,
+    only: Only = None,
+    quick: Quick = False,
+    threads: Threads = None,
+    out: Out = None,
+    max_minutes: Minutes = math.inf,
+    resume: Resume = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> int:
+    """Race every operation and print the table."""
+    if context.invoked_subcommand is not None:
+        return DONE
+    races = [r for r in race.all_races(quick) if not (r.cpu_only and device != "cpu")]
+
+    def run(one: race.Race, left: float) -> dict[str, Any]:
+        return race.run(one, device=device, quick=quick, seconds_left=left)
+
+    result, path, missing = _run(
+        "table", races, run, only, quick, threads, out, max_minutes, resume, device=device
+    )
+    Console(width=None if sys.stdout.isatty() else 160).print(report.console(result))
+    return _end(result, path, missing)
+
+
+@app.command()
+def curves(
+    only: Only = None,
+    quick: Quick = False,
+    threads: Threads = None,
+    out: Out = None,
+    max_minutes: Minutes = math.inf,
+    resume: Resume = False,
+) -> int:
+    """Time against one size, with the fitted exponent."""
+    found = [c for m in race.modules() if hasattr(m, "curves") for c in m.curves(quick)]
+
+    def run(one: curve.Curve, left: float) -> dict[str, Any]:
+        if left <= CURVE_MINUTES * 60:
+            raise race.OutOfTime
+        return curve.run_curve(one, quick=quick)
+
+    result, path, missing = _run(
+        "curves", found, run, only, quick, threads, out, max_minutes, resume
+    )
+    print(report.markdown(result))
+    return _end(result, path, missing)
+
+
+@app.command(name="report")
+def show(
+    files: Annotated[list[Path], typer.Argument(help="Results of the other commands.")],
+    page: Annotated[
+        Path | None, typer.Option(help="Page whose marked parts and plots are made anew.")
+    ] = None,
+) -> int:
+    """Print results as Markdown, or put their tables and plots into a page."""
+    results = {path: record.read(path) for path in files}
+    if page is None:
+        print("\n".join(report.markdown(result) for result in results.values()))
+        return DONE
+    report.update_page(page, results)
+    return DONE
+
+
+def _run(
+    kind: str,
+    tasks: Iterable[Any],
+    run: Callable[[Any, float], dict[str, Any]],
+    only: str | None,
+    quick: bool,
+    threads: int | None,
+    out: Path | None,
+    max_minutes: float,
+    resume: bool,
+    **settings: Any,
+) -> tuple[dict[str, Any], Path, int]:
+    """Run the tasks that the file does not hold yet; the file is written after each."""
+    tasks = list(tasks)
+    chosen = {task.op for task in tasks} if only is None else set(only.split(","))
+    unknown = chosen - {task.op for task in tasks}
+    if unknown:
+        known = ", ".join(sorted({task.op for task in tasks}))
+        raise ValueError(f"only: expected some of {known}, got {', '.join(sorted(unknown))}")
+    machine.set_threads(threads or torch.get_num_threads())
+    path = out or record.default_path(kind, torch.get_num_threads(), quick)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"quick": quick, **settings}
+    result = record.start(path, record.head(kind, settings), resume)
+    keep = [row for row in result["rows"] if "failed" not in row]
+    done = {row["name"]: row for row in keep}
+    end = time.monotonic() + 60 * max_minutes
+    order = [task.name for task in tasks]
+    for number, task in enumerate(tasks):
+        if task.op not in chosen or task.name in done:
+            continue
+        _say(f"[{number + 1}/{len(tasks)}] {task.name}")
+        try:
+            row = run(task, end - time.monotonic())
+        except race.OutOfTime:
+            _say("  left out, with all that follow: the time limit would be passed")
+            break
+        except Exception as error:
+            row = {"op": task.op, "failed": f"{type(error).__name__}: {error}"[:500]}
+            _say(f"  failed: {row['failed']}")
+        done[task.name] = {"name": task.name, **row}
+        result["rows"] = [done[name] for name in order if name in done]
+        result["complete"] = len(result["rows"]) == len(order)
+        record.write(path, result)
+    missing = [task.name for task in tasks if task.op in chosen and task.name not in done]
+    return result, path, len(missing)
+
+
+def _end(result: dict[str, Any], path: Path, missing: int) -> int:
+    _say(f"written: {path}" + (f"; {missing} rows are missing, --resume" if missing else ""))
+    if any(
+        "failed" in row or not row.get("gate", {}).get("passed", True) for row in result["rows"]
+    ):
+        _say("a race failed, or ours missed an accuracy gate")
+        return FAILED
+    return UNFINISHED if missing else DONE
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; bad input is one line on stderr."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app(words, prog_name="python -m bench", standalone_mode=False)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        _say(f"bench: error: {error}")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        _say("interrupted; --resume goes on")
+        return 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own, wrong usage
+            _say(f"bench: error: {error.format_message()}")
+            return BAD_INPUT
+        raise
+    return code if isinstance(code, int) else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
