@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/cpu_level.h"
+#include "common/huge_pages.h"
 
 #define ALS_QUOTE_(x) #x
 #define ALS_QUOTE(x) ALS_QUOTE_(x)
@@ -57,6 +58,12 @@ void set_cpu_level(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "als_ext: CPU kernels, operator schemas and host-side functions";
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, size_t bytes) {
+        als::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      "Asks for huge pages behind large memory that has not been written yet.");
   m.def("build_info", &build_info, "Version, compiler and the torch whose headers were used.");
   m.def("cpu_capability", &cpu_capability,
         "Instruction sets of this processor that kernels can use.");

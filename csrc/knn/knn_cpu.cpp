@@ -20,11 +20,8 @@
 #include <new>
 #include <numeric>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "common/cpu_level.h"
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "knn/knn.h"
 #include "knn/knn_list.h"
@@ -68,15 +65,12 @@ class Buffer {
     const size_t bytes = size * sizeof(V);
     const std::align_val_t align{bytes < kHugePage ? 64 : kHugePage};
     data_ = {static_cast<V*>(::operator new(bytes, align)), Free{align}};
-#if defined(__linux__)
-    if (bytes >= kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a hint: may fail
-#endif
+    advise_huge_pages(data_.get(), bytes);
   }
   V* get() const { return data_.get(); }
   V& operator[](int64_t i) const { return data_.get()[i]; }
 
  private:
-  static constexpr size_t kHugePage = size_t{2} << 20;
   struct Free {
     std::align_val_t align{64};
     void operator()(V* p) const { ::operator delete(p, align); }
