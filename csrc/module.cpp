@@ -8,15 +8,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/counters.h"
 #include "common/cpu_level.h"
 #include "common/huge_pages.h"
 
 #define ALS_QUOTE_(x) #x
 #define ALS_QUOTE(x) ALS_QUOTE_(x)
-
-namespace als {
-int64_t knn_bf16_given_up();  // knn/knn.h, which needs torch
-}
 
 namespace {
 
@@ -67,8 +64,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Version, compiler and the torch whose headers were used.");
   m.def("cpu_capability", &cpu_capability,
         "Instruction sets of this processor that kernels can use.");
-  m.def("knn_bf16_given_up", &als::knn_bf16_given_up,
-        "Tasks of knn, so far, that began with bf16 scores and went on in float32.");
+  m.def(
+      "counters",
+      [] {
+        std::map<std::string, int64_t> values;
+        for (const auto& [name, counter] : als::Counter::all()) values[name] = counter->value();
+        return values;
+      },
+      "Counts of events that results do not show, since the library was loaded.");
   m.def("set_cpu_level", &set_cpu_level,
         "Caps the instruction set of the CPU kernels, for tests: 'auto', 'baseline', 'avx2', "
         "'avx512' "

@@ -20,6 +20,7 @@
 #include <new>
 #include <numeric>
 
+#include "common/counters.h"
 #include "common/cpu_level.h"
 #include "common/huge_pages.h"
 #include "common/parallel.h"
@@ -92,7 +93,7 @@ bool use_bf16(int64_t dim) {
          (dim >= kBf16Features || forced_cpu_level().load() == CpuLevel::kAvx512Bf16);
 }
 
-std::atomic<int64_t> given_up{0};
+Counter given_up("knn_bf16_given_up");  // tasks that began with bf16 scores and went on in float32
 
 const KnnTileKernel& bf16_tile() {
 #if defined(__x86_64__)
@@ -715,7 +716,7 @@ class Search {
     measured_[w.task] += count;
     if (!stop_[w.task] && measured_[w.task] > block_ * rows_ / segments_ / kBf16Patience) {
       stop_[w.task] = true;
-      given_up.fetch_add(1, std::memory_order_relaxed);
+      given_up.add();
     }
   }
 
@@ -820,9 +821,6 @@ KnnOutputs knn_cpu(const Tensor& query, const Tensor& database, int64_t k, int64
 }
 
 }  // namespace
-
-int64_t knn_bf16_given_up() { return given_up.load(); }
-
 }  // namespace als
 
 STABLE_TORCH_LIBRARY_IMPL(als_ext, CPU, m) { m.impl("knn", TORCH_BOX(&als::knn_cpu)); }
