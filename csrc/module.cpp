@@ -13,10 +13,6 @@
 #define ALS_QUOTE_(x) #x
 #define ALS_QUOTE(x) ALS_QUOTE_(x)
 
-namespace als {
-int64_t knn_bf16_given_up();  // knn/knn.h, which needs torch
-}
-
 namespace {
 
 std::map<std::string, bool> cpu_capability() {
@@ -60,8 +56,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Version, compiler and the torch whose headers were used.");
   m.def("cpu_capability", &cpu_capability,
         "Instruction sets of this processor that kernels can use.");
-  m.def("knn_bf16_given_up", &als::knn_bf16_given_up,
-        "Tasks of knn, so far, that began with bf16 scores and went on in float32.");
+  m.def(
+      "bf16_given_up", [] { return als::bf16_given_up().load(); },
+      "Tasks of this process, so far, that began in bf16 and went on in float32.");
   m.def("set_cpu_level", &set_cpu_level,
         "Caps the instruction set of the CPU kernels, for tests: 'auto', 'baseline', 'avx2', "
         "'avx512' "

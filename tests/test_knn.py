@@ -296,20 +296,20 @@ def test_clusters_that_bf16_cannot_tell_apart(spread, metric, cpu_level):
     cpu_level("avx512")
     want = knn(query, database, 10, metric=metric)
     cpu_level("avx512_bf16")
-    before = _library._C.knn_bf16_given_up()
+    before = _library._C.bf16_given_up()
     assert_same(knn(query, database, 10, metric=metric), want)
     assert_same([t[:20] for t in want], knn_reference(query[:20], database, 10, metric=metric))
     if metric != "ip" and spread <= 1e-2:
-        assert _library._C.knn_bf16_given_up() > before
+        assert _library._C.bf16_given_up() > before
 
 
 @needs_bf16
 def test_bf16_serves_what_it_can_tell_apart(cpu_level):
     cpu_level("avx512_bf16")
-    before = _library._C.knn_bf16_given_up()
+    before = _library._C.bf16_given_up()
     for k in (1, 10, 300):
         check(gaussian(60, 128, "cpu", 1), gaussian(9000, 128, "cpu"), k)
-    assert _library._C.knn_bf16_given_up() == before
+    assert _library._C.bf16_given_up() == before
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-20, 1e15, 1e30])

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 
 namespace als {
 
@@ -44,6 +45,12 @@ inline bool cpu_has_bf16() {
 #else
   return false;
 #endif
+}
+
+// Tasks that began in bf16 and went on in float32, where bf16 could not tell enough apart.
+inline std::atomic<int64_t>& bf16_given_up() {
+  static std::atomic<int64_t> tasks{0};
+  return tasks;
 }
 
 }  // namespace als

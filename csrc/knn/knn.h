@@ -37,7 +37,4 @@ inline KnnOutputs empty_knn_outputs(const Tensor& query, int64_t k) {
           empty_on(query, {query.size(0), k}, ScalarType::Long)};
 }
 
-// Tasks of this process, so far, that began with bf16 scores and went on in float32 (CPU).
-int64_t knn_bf16_given_up();
-
 }  // namespace als

@@ -98,8 +98,6 @@ bool use_bf16(int64_t dim) {
          (dim >= kBf16Features || forced_cpu_level().load() == CpuLevel::kAvx512Bf16);
 }
 
-std::atomic<int64_t> given_up{0};
-
 const KnnTileKernel& bf16_tile() {
 #if defined(__x86_64__)
   return knn_tile_bf16;
@@ -721,7 +719,7 @@ class Search {
     measured_[w.task] += count;
     if (!stop_[w.task] && measured_[w.task] > block_ * rows_ / segments_ / kBf16Patience) {
       stop_[w.task] = true;
-      given_up.fetch_add(1, std::memory_order_relaxed);
+      bf16_given_up().fetch_add(1, std::memory_order_relaxed);
     }
   }
 
@@ -826,8 +824,6 @@ KnnOutputs knn_cpu(const Tensor& query, const Tensor& database, int64_t k, int64
 }
 
 }  // namespace
-
-int64_t knn_bf16_given_up() { return given_up.load(); }
 
 }  // namespace als
 
