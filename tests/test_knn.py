@@ -514,3 +514,15 @@ def test_extra_memory_is_bounded(spread):
     query = database[:300].clone()
     outputs = 300 * 1000 * 12
     assert peak_bytes(lambda: knn(query, database, 1000)) - outputs < 256 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_finite_rows_whose_sum_overflows(dtype):
+    large = torch.finfo(dtype).max
+    database = torch.full((40, 8), large, dtype=dtype)
+    distance, index = knn(database, database, 1)
+    assert distance.squeeze(1).tolist() == [0.0] * 40
+    assert (index == 0).all()
+    database[3, 1], database[7, 2] = float("inf"), float("-inf")
+    with pytest.raises(ValueError, match=r"database: expected finite values, .* in row 3"):
+        knn(database[:2], database, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -116,7 +117,9 @@ def knn(
 
 
 def _check_finite(name: str, value: Tensor) -> None:
-    if value.numel() == 0 or all(map(torch.isfinite, torch.aminmax(value))):
+    # One reduction for the usual case; a sum that overflows is looked at row by row as well.
+    wide = value.dtype if value.element_size() > 2 else torch.float32
+    if math.isfinite(value.sum(dtype=wide).item()):
         return
     for first in range(0, value.shape[0], 65536):
         bad = ~value[first : first + 65536].isfinite().all(dim=1)
