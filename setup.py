@@ -57,7 +57,7 @@ common = [
     "-std=c++17",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
-# Nobody reads errno or the floating-point flags: setting them as scalar code would keeps loops with
+# Nobody reads errno or the floating-point flags; setting them as scalar code would keep loops with
 # sqrt or comparisons from being vectorised.
 host = [
     "-fvisibility=hidden",

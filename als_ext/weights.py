@@ -25,8 +25,9 @@ from als_ext.ops.pi_step import (
 
 MODES = ("auto", "dense", "lazy")
 # "auto": lazy from n = first + second * B on. On the CPU the batch's own work is in both modes, and
-# a lazy step is the faster one at every B from 8192 samples on (docs/performance.md). No GPU was
-# measured: there a dense pass goes at memory speed, while one block makes a lazy step.
+# a lazy step is the faster one from 8192 samples on (B = 256: the curves of docs/performance.md;
+# B from 32 to 65536: by hand). No GPU was measured: there a dense pass goes at memory speed, while
+# one block makes a lazy step.
 LAZY_FROM = {"cpu": (8192, 0), "cuda": (2**24, 4096)}
 SETTINGS = ("n", "lr", "decay", "temperature", "direction")
 CDF_SCALE = 2.0**61  # probabilities in fixed point: an integer sum is exact in any order
@@ -217,7 +218,7 @@ class SampleWeights:
 
     def _make_dense(self) -> None:
         if self._state.sums is not None:
-            self._state = self._state._replace(u=self._state.u.float(), sums=None)
+            self._state = _dense(self._state, self._rule)
 
     # ---- reading the distribution ------------------------------------------------------------
 
@@ -400,6 +401,9 @@ class SampleWeights:
                 )
         loaded = PiState(*(state_dict[key] for key in PiState._fields))
         self._check_loaded(loaded)
+        if self._mode == "dense" and loaded.sums is not None:
+            loaded = PiState._make(None if t is None else t.to(self.device) for t in loaded)
+            loaded = _dense(loaded, self._rule)
         if loaded.pending_index.shape != self._state.pending_index.shape:
             self._state = self._state._replace(
                 pending_index=torch.empty_like(loaded.pending_index, device=self.device),
@@ -458,6 +462,16 @@ class SampleWeights:
 def _lazy_pays(n: int, batch: int, device: torch.device) -> bool:
     least, per_batch = LAZY_FROM[device.type]
     return n >= least + per_batch * batch
+
+
+def _dense(state: PiState, rule: PiRule) -> PiState:
+    """The dense form of a lazy state; float32 does not reach as far as its u, but r does."""
+    scalars = state.scalars.clone()
+    u = (scalars[0] * state.u - scalars[1]).float()  # r, centred: only differences matter
+    scalars[0] = 1.0
+    dense = state._replace(u=u, scalars=scalars, sums=None)
+    pi_normalize_(dense, rule)
+    return dense
 
 
 def _usable(device: torch.device | str) -> torch.device:

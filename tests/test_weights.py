@@ -496,6 +496,24 @@ def test_a_checkpoint_of_the_other_mode_is_converted(modes, generator):
     assert torch.equal(auto.half_weight(index), source.half_weight(index))
 
 
+def test_a_lazy_state_beyond_float32_turns_dense(generator):
+    """T = 3 shrinks A by 3 a step: after 150 steps u = r / A is beyond float32, r is not."""
+    settings = {"lr": 0.3, "temperature": 3.0, "device": "cpu"}
+    lazy = SampleWeights(9000, mode="auto", **settings)
+    for _ in range(150):
+        index = torch.randint(0, 9000, (64,), generator=generator)
+        lazy.update_(index, torch.rand(64, generator=generator))
+    assert lazy._state.u.abs().max() > torch.finfo(torch.float32).max
+    loaded = SampleWeights(9000, mode="dense", **settings)
+    loaded.load_state_dict(lazy.state_dict())
+    turned = copy.deepcopy(lazy)
+    turned._make_dense()
+    for weights in (loaded, turned):
+        assert weights.mode == "dense"
+        torch.testing.assert_close(weights.log_pi(), lazy.log_pi(), rtol=0, atol=2e-6)
+        torch.testing.assert_close(weights.half_weight(index), lazy.half_weight(index))
+
+
 def test_to_and_repr():
     weights = SampleWeights(7, lr=0.25, direction="min")
     assert weights.to("cpu") is weights
