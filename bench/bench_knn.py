@@ -29,10 +29,22 @@ def points(count, dim, seed):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
+@functools.lru_cache(maxsize=1)
+def clusters(count, dim):
+    """100 Gaussian clusters, their rows a third as far from the centre as the centre from 0."""
+    g = torch.Generator().manual_seed(2)
+    return (
+        points(100, dim, 3)[torch.randint(100, (count,), generator=g)] + points(count, dim, 0) / 3
+    )
+
+
 def inputs(queries, rows, dim, order):
-    """Gaussian rows; ``order`` sorts the database by its distance from the first query."""
+    """Gaussian rows; ``order`` sorts the database by its distance from the first query, or names
+    what else the rows are: the queries themselves, or in clusters."""
     if order == "self":
         return (points(rows, dim, 0),) * 2
+    if order == "self, 100 clusters":
+        return (clusters(rows, dim),) * 2
     query, database = points(queries, dim, 1), points(rows, dim, 0)
     if order != "random":
         far = (database - query[0]).square().sum(dim=1)
@@ -85,12 +97,12 @@ def sklearn_brute(database, k):
 @functools.lru_cache(maxsize=1)  # seconds at D = 768, and the same for every k
 def nearest(queries, rows, dim, order):
     query, database = inputs(queries, rows, dim, order)
-    return float64_knn(query[:CHECKED], database, max(KS), exclude_self=order == "self")
+    return float64_knn(query[:CHECKED], database, max(KS), exclude_self=order.startswith("self"))
 
 
 def setup(queries, rows, dim, k, order, few, device):
     query, database = (part.to(device) for part in inputs(queries, rows, dim, order))
-    exclude = order == "self"
+    exclude = order.startswith("self")
     ours = partial(knn, query, database, k, exclude_self=exclude)
     want = [part[:, :k] for part in nearest(queries, rows, dim, order)]
 
@@ -157,7 +169,8 @@ def races(quick):
     grid = [(dim, k) for dim in ((8, 24) if quick else DIMS) for k in ((1, 10) if quick else KS)]
     for dim, k in grid:
         yield race(queries, dim, k, few=not (dim in (8, 128) and k == 10))
-    yield race(rows, 24 if quick else 128, 10, "self", few=True)
+    for order in ("self", "self, 100 clusters"):
+        yield race(rows, 24 if quick else 128, 10, order, few=True)
     for order in ORDERS:
         yield race(queries, 24 if quick else 128, 10, order, few=True)
     for count in (1, 16):

@@ -336,6 +336,141 @@ def test_a_few_queries_as_many(rows, device):
     assert not (want[1] == torch.arange(rows, device=device)[:, None]).any()
 
 
+ORDERED = "knn_in_order"
+GIVEN_UP = "knn_in_order_given_up"
+
+
+def islands(rows, dim, spread=0.05, count=40, seed=0):
+    """Clusters that a search may leave out as a whole, with what makes that hard: copies, ties, an
+    island of one row far away, and zero rows."""
+    g = torch.Generator().manual_seed(seed)
+    centre = torch.randn(count, dim, generator=torch.Generator().manual_seed(9))
+    x = centre[torch.randint(count, (rows,), generator=g)]
+    x += spread * torch.randn(rows, dim, generator=g)
+    x[100:400] = x[100]
+    x[1000:1100] = x[2000:2100]
+    x[7] = 1e3 * centre[0]
+    x[-20:] = 0
+    return x
+
+
+def taken(search):
+    """The result, and by how much each counter grew."""
+    before = _library._C.counters()
+    result = search()
+    return result, {name: n - before[name] for name, n in _library._C.counters().items()}
+
+
+def in_parts(query, database, k, **options):
+    """Few queries at a time look at every panel."""
+    parts = [taken(lambda p=p: knn(p, database, k, **options)) for p in query.split(3000)]
+    assert all(counts[ORDERED] == counts[GIVEN_UP] == 0 for _, counts in parts)
+    return [torch.cat(each) for each in zip(*(result for result, _ in parts), strict=True)]
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("dim", [3, 24, 131])
+@pytest.mark.parametrize("level", LEVELS)
+def test_panels_out_of_reach_change_nothing(level, dim, metric, cpu_level):
+    cpu_level(level)
+    query, database = islands(4999, dim, seed=1), islands(8999, dim)
+    got, counts = taken(lambda: knn(query, database, 20, metric=metric))
+    assert counts[ORDERED] == 1
+    assert_same(got, in_parts(query, database, 20, metric=metric))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 33, 400])
+def test_reach_in_a_self_graph(k, dtype):
+    x = islands(9001, 20, spread=0.2).to(dtype)
+    got, counts = taken(lambda: knn(x, x, k, exclude_self=True))
+    assert counts[ORDERED] == 1
+    some = torch.tensor([0, 7, 100, 399, 1050, 2050, 5000, 8980, 9000])
+    distance, index = knn_reference(x[some], x, k + 1)
+    for row, d, i in zip(some.tolist(), distance, index, strict=True):
+        others = i != row
+        others[-1] &= bool((~others[:-1]).any())  # self may lie behind k others at its distance
+        want = i[others][:k], d[others][:k]
+        assert torch.equal(got[1][row], want[0])
+        assert torch.equal(got[0][row], want[1])
+
+
+def test_reach_with_shifted_rows():
+    """On an integer grid the shift is exact, so nothing may change."""
+    g = torch.Generator().manual_seed(0)
+    centre = torch.randint(-300, 300, (30, 24), generator=g).float()
+    x = centre[torch.randint(30, (9000,), generator=g)]
+    x += torch.randint(-4, 5, x.shape, generator=g)
+    (got, counts), (shifted, again) = (
+        taken(lambda y=y: knn(y, y, 30, exclude_self=True)) for y in (x, x - 3e6)
+    )
+    assert counts[ORDERED] == again[ORDERED] == 1
+    assert_same(shifted, got)
+
+
+def test_reach_with_rows_that_are_not_finite():
+    x = islands(9000, 16)
+    x[50, 3], x[4000, 0] = float("nan"), float("inf")
+    search = torch.ops.als_ext.knn.default
+    (distance, index), counts = taken(lambda: search(x, x, 5, 0, True, True))
+    assert counts[ORDERED] == 1
+    finite = x.isfinite().all(dim=1)
+    assert torch.isin(index[finite], torch.tensor([50, 4000])).sum() == 0
+    clean = torch.where(finite[:, None], x, torch.full_like(x, 1e6))  # far from all others
+    want = in_parts(x[finite], clean, 6)
+    rows = finite.nonzero()[:, 0]
+    keep = (want[1] != rows[:, None]).long().argsort(dim=1, descending=True, stable=True)[:, :5]
+    assert torch.equal(distance[finite], want[0].gather(1, keep))
+    assert distance[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_reach_that_does_not_pay_is_given_up(level, cpu_level):
+    """Rows of every size, so near neighbours, but no clusters: all panels are looked at."""
+    cpu_level(level)
+    x = gaussian(9000, 20, "cpu", 2) * (3 * gaussian(9000, 1, "cpu", 12)).exp()
+    got, counts = taken(lambda: knn(x, x, 20))
+    assert counts[GIVEN_UP] == 1
+    assert counts[ORDERED] == 0
+    assert_same(got, in_parts(x, x, 20))
+
+
+def test_rows_without_clusters_are_not_put_in_order():
+    x = gaussian(9000, 32, "cpu")
+    for query, database, metric in ((x, x, "l2"), (islands(9000, 8),) * 2 + ("ip",)):
+        _, counts = taken(lambda q=query, y=database, m=metric: knn(q, y, 10, metric=m))
+        assert counts[ORDERED] == counts[GIVEN_UP] == 0
+
+
+@pytest.mark.slow
+def test_reach_over_chunks_of_the_database_and_spans_of_queries():
+    """D = 2000: 8,000 rows are a chunk. k = 1500: 2,000 queries are a span."""
+    x = islands(9500, 2000, spread=0.1)
+    got, counts = taken(lambda: knn(x, x, 30))
+    assert counts[ORDERED] == 1
+    assert_same(got, in_parts(x, x, 30))
+    y = islands(20_000, 8)
+    got, counts = taken(lambda: knn(y, y, 500))
+    assert counts[ORDERED] == 1
+    assert_same(got, in_parts(y, y, 500))
+
+
+def test_threads_change_nothing_in_order():
+    x = islands(9000, 20)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            result, counts = taken(lambda: knn(x[:5000], x, 30))
+            assert counts[ORDERED] == 1
+            results.append(result)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
 def test_an_unknown_instruction_set_is_named():
     with pytest.raises(ValueError, match=r"level: expected 'auto'.*got 'sse9'"):
         _library._C.set_cpu_level("sse9")

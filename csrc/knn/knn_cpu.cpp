@@ -13,6 +13,11 @@
 // bf16 scores are twice as fast and 2^15 times less exact. A task (a block of queries and a part of
 // the database) begins with them and goes on in float32 when its lists have cost too much float64
 // work: entries carry their own error, so a list may hold both.
+//
+// Where the rows lie in clusters, most panels of the database are out of reach of most queries.
+// Then database and queries are put in an order that makes panels and blocks compact (knn_order.h),
+// float32 scores begin with the nearest panels, and a panel is left out when the triangle
+// inequality over its centre proves that no row of it can come before the k best so far.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -26,6 +31,7 @@
 #include "common/parallel.h"
 #include "knn/knn.h"
 #include "knn/knn_list.h"
+#include "knn/knn_order.h"
 #include "knn/knn_rows.h"
 #include "knn/knn_scan.h"
 #include "knn/knn_sums.h"
@@ -56,6 +62,18 @@ constexpr int64_t kMeasured = 4;       // rows measured at a time
 // Rows measured in float64 to make room, as a share of all: one costs about 15 float32 scores, so
 // what bf16 can lose on float32 is an eighth.
 constexpr int64_t kBf16Patience = 128;
+
+// Leaving out panels: for at least so many queries and rows, and rows in clusters: the k-th
+// neighbour nearer than this share of a row picked at random, estimated on some queries. Whether it
+// pays is seen on the first blocks: with the share of the panels that they visit.
+constexpr int64_t kReachQueries = 4096, kReachRows = 8192;
+constexpr int64_t kReachMostRows = 3 << 20;  // coordinates of 16 floats: 192 MiB
+constexpr int64_t kProbes = 32;
+constexpr double kNear = 0.4;
+constexpr int64_t kTrialBlocks = 4;
+constexpr double kReachShare = 0.6, kReachShareBf16 = 0.35;  // bf16 halves the cost of all panels
+constexpr int64_t kReachQueriesAtOnce = 48;                  // fewer reach less, but stream more
+constexpr int64_t kDirectionSamples = 1024;
 
 // Uninitialised. On large pages where it is large: fewer of them to fault in and to look up.
 template <typename V>
@@ -94,6 +112,8 @@ bool use_bf16(int64_t dim) {
 }
 
 Counter given_up("knn_bf16_given_up");  // tasks that began with bf16 scores and went on in float32
+Counter in_order("knn_in_order");       // searches that left out panels out of reach
+Counter order_given_up("knn_in_order_given_up");  // those that tried, and went on with all panels
 
 const KnnTileKernel& bf16_tile() {
 #if defined(__x86_64__)
@@ -154,6 +174,8 @@ class Search {
     std::vector<float> error;
     std::vector<int64_t> index;
     std::vector<Neighbour> near, scratch;
+    std::vector<int32_t> visits;
+    Buffer<float> products, best, tau, cut;  // of reach()
     int64_t first_slot = 0;
     int64_t task = 0;
   };
@@ -168,6 +190,8 @@ class Search {
     Buffer<float> packed;                     // [panels of a chunk][depth][columns]
     Buffer<float> half_norm, norm, residual;  // of panels
     int64_t packed_panel = -1;                // first panel of what is packed
+    Buffer<float> centres;                    // [panels of centres][depth][columns]
+    Buffer<float> centre_half, centre_radius;
   };
 
  public:
@@ -199,12 +223,14 @@ class Search {
     }
     measure();
     plan();
+    if (may_leave_out()) put_in_order();
     for (int64_t first = 0; first < queries_; first += span_) {
       const int64_t count = std::min(span_, queries_ - first);
       pack_queries(first, count);
       for (int64_t panel = 0; panel < panels_; panel += chunk_) score_chunk(panel, count);
       parallel_tasks(count, [&](int64_t i, Worker& w) {
-        finish(i, first + i, w, distance + (first + i) * k_, index + (first + i) * k_);
+        const int64_t q = query_row(first + i);
+        finish(i, q, w, distance + q * k_, index + q * k_);
       });
     }
   }
@@ -442,6 +468,105 @@ class Search {
     frame_ = KnnFrame::of(largest, largest, (1.0 + 1e-6) * (largest + sqrt(mean)), zeros);
   }
 
+  // ---- order ----
+
+  // Worth an order, for the cost of some distances: an m-th part of the rows has its nearest about
+  // where the whole has its m-th.
+  bool may_leave_out() {
+    if (metric_ == KnnMetric::kIp || segments_ > 1 || queries_ < kReachQueries ||
+        rows_ < kReachRows || std::max(rows_, queries_) > kReachMostRows || !frame_.scorable) {
+      return false;
+    }
+    const int64_t some = std::clamp<int64_t>(rows_ / k_, 64, 4096);
+    std::vector<double> nearest(kProbes), typical(kProbes);
+    parallel_tasks(kProbes, [&](int64_t p, Worker& w) {
+      const int64_t q = p * queries_ / kProbes;
+      std::vector<int64_t> rows;
+      for (int64_t s = 0; s < some; ++s) {
+        const int64_t row = (2 * s + 1) * rows_ / (2 * some);
+        if (row != self_of(q)) rows.push_back(row);
+      }
+      std::vector<Neighbour> near(rows.size());
+      measure_rows(rows.data(), static_cast<int64_t>(rows.size()), load_query(q, w), w,
+                   near.data());
+      double sum = 0.0;
+      for (const Neighbour& n : near) sum += sqrt(std::max(0.0f, key_distance(n.key)));
+      typical[p] = sum / static_cast<double>(near.size());
+      nearest[p] =
+          sqrt(std::max(0.0f, key_distance(std::min_element(near.begin(), near.end())->key)));
+    });
+    double near_sum = 0.0, typical_sum = 0.0;
+    for (int64_t p = 0; p < kProbes; ++p) {
+      if (!is_finite(typical[p])) continue;
+      near_sum += nearest[p];
+      typical_sum += typical[p];
+    }
+    return near_sum < kNear * typical_sum;
+  }
+
+  void put_in_order() {
+    const int64_t samples = std::min(rows_, kDirectionSamples);
+    std::vector<float> sample(samples * dim_);
+    const auto load = [&](const T* base, int64_t row, Worker& w, float* out) {
+      bool zero = false;
+      if (!is_finite(centred(base, row, mean_, w, &zero))) {
+        std::fill_n(out, dim_, 0.0f);
+      } else {
+        row_ops_.pack_float(w.query.data(), frame_.scale, dim_, out);
+      }
+    };
+    parallel_tasks(samples, [&](int64_t s, Worker& w) {
+      load(database_, s * rows_ / samples, w, &sample[s * dim_]);
+    });
+    const int64_t count = std::min<int64_t>(kKnnCoordinates, dim_);
+    const std::vector<float> directions = knn_directions(sample.data(), samples, dim_, count);
+    const auto order_of = [&](const T* base, int64_t rows, int64_t leaf) {
+      const Buffer<float> points(rows * kKnnCoordinates);
+      constexpr int64_t kRun = 1024;
+      parallel_tasks(ceil_div(rows, kRun), [&](int64_t run, Worker& w) {
+        std::vector<float> row(dim_);
+        for (int64_t r = run * kRun; r < std::min(rows, (run + 1) * kRun); ++r) {
+          load(base, r, w, row.data());
+          knn_project(row.data(), directions.data(), dim_, count, &points[r * kKnnCoordinates]);
+        }
+      });
+      return sorted_by_place(points.get(), rows, leaf);
+    };
+    row_of_ = order_of(database_, rows_, columns_);
+    const bool same = query_ == database_ && queries_ == rows_;
+    query_of_position_ = same ? row_of_ : order_of(query_, queries_, kReachQueriesAtOnce);
+    leave_out_ = true;
+  }
+
+  std::vector<int32_t> sorted_by_place(const float* points, int64_t rows, int64_t leaf) {
+    std::vector<int32_t> order(rows);
+    std::iota(order.begin(), order.end(), 0);
+    std::vector<std::pair<int64_t, int64_t>> parts{{0, rows}}, next;
+    while (!parts.empty()) {
+      next.assign(2 * parts.size(), {0, 0});
+      parallel_tasks(static_cast<int64_t>(parts.size()), [&](int64_t p, Worker&) {
+        const auto [begin, end] = parts[p];
+        const int64_t middle = begin + knn_middle(end - begin, leaf);
+        if (middle == begin) return;
+        knn_split(points, order.data(), begin, middle, end);
+        next[2 * p] = {begin, middle};
+        next[2 * p + 1] = {middle, end};
+      });
+      next.erase(std::remove(next.begin(), next.end(), std::pair<int64_t, int64_t>{0, 0}),
+                 next.end());
+      parts.swap(next);
+    }
+    return order;
+  }
+
+  // The row at a position of the order.
+  int64_t database_row(int64_t position) const {
+    return row_of_.empty() ? position : row_of_[position];
+  }
+  int64_t query_row(int64_t position) const {
+    return query_of_position_.empty() ? position : query_of_position_[position];
+  }
+
   // ---- sizes ----
 
   void set_tile(Scorer& s, const KnnTileKernel& tile) {
@@ -523,7 +648,7 @@ class Search {
     const int64_t padded = ceil_div(count, block_) * block_;
     const int64_t tasks = padded / block_ * segments_;
     std::fill_n(measured_.begin(), tasks, 0);
-    std::fill_n(stop_.get(), tasks, bf16_.tile == nullptr);
+    std::fill_n(stop_.get(), tasks, bf16_.tile == nullptr || leave_out_);
     parallel_tasks(padded / rows_at_once_, [&](int64_t group, Worker& w) {
       for (Scorer* s : {&float_, &bf16_}) {
         if (s->tile == nullptr) continue;
@@ -542,7 +667,7 @@ class Search {
     if (exists) {
       const bool ip = metric_ == KnnMetric::kIp;
       bool zero = false;
-      square = centred(query_, first_query_ + at, ip ? zero_ : mean_, w, &zero);
+      square = centred(query_, query_row(first_query_ + at), ip ? zero_ : mean_, w, &zero);
       double extent = 0.0, mean_product = 0.0;
       for (int64_t j = 0; ip && j < dim_; ++j) {
         extent = std::max(extent, fabs(w.query[j]));
@@ -553,7 +678,7 @@ class Search {
     if (!query.usable) std::fill(w.query.begin(), w.query.end(), 0.0);
     const KnnPackedSquares packed = pack_row(s, r, query.scale, w);
     relation_[at] = query.relation;
-    self_[at] = self_of(first_query_ + at);
+    self_[at] = exists ? self_of(query_row(first_query_ + at)) : -1;
     KnnBf16Error error{query.radius, 0.0};
     if (s.bf16 && query.usable) {
       error = bf16_error(exact_ ? knn_tile_chain(s.depth, 2) : 0, query.scale * sqrt(square),
@@ -581,15 +706,25 @@ class Search {
       s.half_norm = Buffer<float>(chunk_ * columns_);
       s.norm = Buffer<float>(chunk_);
       s.residual = Buffer<float>(chunk_);
+      if (leave_out_) {
+        const int64_t centres = ceil_div(chunk_, columns_) * columns_;
+        s.centres = Buffer<float>(centres * s.depth);
+        s.centre_half = Buffer<float>(centres);
+        s.centre_radius = Buffer<float>(centres);
+        std::fill_n(s.centres.get(), centres * s.depth, 0.0f);
+        std::fill_n(s.centre_half.get(), centres, 0.0f);
+        std::fill_n(s.centre_radius.get(), centres, 0.0f);
+      }
     }
     const double scale = frame_.scale;
     parallel_tasks(count, [&](int64_t p, Worker& w) {
       double largest = 0.0, residual = 0.0;
       for (int64_t c = 0; c < columns_; ++c) {
-        const int64_t row = (first + p) * columns_ + c;
+        const int64_t at = (first + p) * columns_ + c;
         bool zero = false;
         const double square =
-            row < rows_ ? scale * scale * centred(database_, row, mean_, w, &zero) : NAN;
+            at < rows_ ? scale * scale * centred(database_, database_row(at), mean_, w, &zero)
+                       : NAN;
         const bool usable = is_finite(square) && frame_.scorable;
         if (!usable) std::fill(w.query.begin(), w.query.end(), 0.0);
         const KnnPackedSquares packed = pack_row(s, c, scale, w);
@@ -603,7 +738,40 @@ class Search {
       transpose(s, columns_, w, s.packed.get() + p * s.depth * columns_);
       s.norm[p] = round_up(sqrt(largest));
       s.residual[p] = round_up((1.0 + 1e-6) * sqrt(residual));
+      if (leave_out_) pack_centre(s, p, w);
     });
+  }
+
+  // Centre and radius of packed panel p, from the rows in w.units.
+  void pack_centre(Scorer& s, int64_t p, const Worker& w) {
+    const int64_t width = s.depth + 16;
+    const float* half_norm = s.half_norm.get() + p * columns_;
+    float* centre = s.centres.get() + p / columns_ * s.depth * columns_ + p % columns_;
+    double usable = 0.0, square = 0.0;
+    for (int64_t c = 0; c < columns_; ++c) usable += half_norm[c] < INFINITY;
+    double away[kKnnMaxColumns] = {};
+    for (int64_t u = 0; u < s.depth; ++u) {
+      double sum = 0.0;
+      for (int64_t c = 0; c < columns_; ++c) {
+        if (half_norm[c] < INFINITY) sum += w.units[c * width + u];
+      }
+      const auto m = static_cast<float>(sum / std::max(usable, 1.0));
+      centre[u * columns_] = m;
+      square += double{m} * m;
+      for (int64_t c = 0; c < columns_; ++c) {
+        const double off = double{w.units[c * width + u]} - m;
+        away[c] += off * off;
+      }
+    }
+    double radius = 0.0;
+    for (int64_t c = 0; c < columns_; ++c) {
+      if (half_norm[c] < INFINITY) radius = std::max(radius, away[c]);
+    }
+    // What packing rounded away belongs to the distance from the centre too.
+    radius = (1.0 + 1e-6) * sqrt(radius) + 2.0 * kFloatUnit * s.norm[p];
+    s.centre_radius[p] = round_up(radius);
+    s.centre_half[p] = static_cast<float>(0.5 * (square - radius * radius) -
+                                          reach_error() * (square + radius * radius));
   }
 
   // ---- scoring ----
@@ -612,6 +780,10 @@ class Search {
     const int64_t panels = std::min(chunk_, panels_ - panel);
     const int64_t tasks = ceil_div(count, block_) * segments_;
     std::fill_n(visits_.begin(), tasks, 0);
+    if (leave_out_) {
+      score_in_reach(panel, panels, count);
+      if (leave_out_) return;
+    }
     if (!std::all_of(stop_.get(), stop_.get() + tasks, [](bool stop) { return stop; })) {
       score(bf16_, panel, panels, count);
     }
@@ -638,41 +810,179 @@ class Search {
       const int64_t slot = task * block_;
       w.first_slot = slot;
       w.task = task;
+      const int64_t groups = ceil_div(std::min(block_, queries - block * block_), rows_at_once_);
+      KnnTileTask t = tile_task(s, first, begin, block * block_, slot, groups, w);
       // Scattered order: rows sorted by distance would otherwise all pass the cut of their time.
       int64_t stride = std::max<int64_t>(1, panels * 618 / 1000);
       while (std::gcd(stride, panels) != 1) ++stride;
-      KnnTileTask t{};
-      t.depth = s.depth;
-      t.groups = ceil_div(std::min(block_, queries - block * block_), rows_at_once_);
-      t.query = s.query.get() + block * block_ * s.depth;
-      t.panels = panels;
-      t.stride = stride;
+      w.visits.resize(panels);
+      for (int64_t i = 0, at = 0; i < panels; ++i, at = (at + stride) % panels) {
+        w.visits[i] = static_cast<int32_t>(at);
+      }
+      t.visits = w.visits.data();
       t.begin = visits_[task];
-      t.database = s.packed.get() + begin * s.depth * columns_;
-      t.half_norm = s.half_norm.get() + begin * columns_;
-      t.norm = s.norm.get() + begin;
-      t.residual = s.residual.get() + begin;
-      t.first_row = (first + begin) * columns_;
-      t.lower = limit_.get() + slot;
-      t.radius = s.radius.get() + block * block_;
-      t.spread = s.spread.get() + block * block_;
-      t.square = metric_ == KnnMetric::kIp ? 0.0 : error_.square * (1.0 + kKnnMargin);
-      t.offset = frame_.has_zeros ? frame_.zero_offset() : 0.0;
-      t.capacity = capacity_;
-      t.count = count_.get() + slot;
-      t.self = self_.get() + block * block_;
-      t.entry_score = entry_score_.get() + slot * capacity_;
-      t.entry_error = entry_error_.get() + slot * capacity_;
-      t.entry_index = entry_index_.get() + slot * capacity_;
-      t.scratch = w.sums.get();
-      t.owner = &w;
-      t.make_room = [](void* owner, int64_t at) {
-        auto* worker = static_cast<Worker*>(owner);
-        worker->search->make_room(worker->first_slot + at, *worker);
-      };
+      t.end = panels;
       t.stop = s.bf16 ? &stop_[task] : &kGoOn;
       visits_[task] = s.tile->run(t);
     });
+  }
+
+  // `groups` query groups from the query at `at` (their lists from `slot` on) against the packed
+  // panels from `begin` on; the visits are up to the caller.
+  KnnTileTask tile_task(const Scorer& s, int64_t first, int64_t begin, int64_t at, int64_t slot,
+                        int64_t groups, Worker& w) {
+    static constexpr bool kGoOn = false;
+    KnnTileTask t{};
+    t.depth = s.depth;
+    t.groups = groups;
+    t.query = s.query.get() + at * s.depth;
+    t.database = s.packed.get() + begin * s.depth * columns_;
+    t.half_norm = s.half_norm.get() + begin * columns_;
+    t.norm = s.norm.get() + begin;
+    t.residual = s.residual.get() + begin;
+    t.first_row = (first + begin) * columns_;
+    t.row_of = row_of_.empty() ? nullptr : row_of_.data();
+    t.lower = limit_.get() + slot;
+    t.radius = s.radius.get() + at;
+    t.spread = s.spread.get() + at;
+    t.square = metric_ == KnnMetric::kIp ? 0.0 : error_.square * (1.0 + kKnnMargin);
+    t.offset = frame_.has_zeros ? frame_.zero_offset() : 0.0;
+    t.capacity = capacity_;
+    t.count = count_.get() + slot;
+    t.self = self_.get() + at;
+    t.entry_score = entry_score_.get() + slot * capacity_;
+    t.entry_error = entry_error_.get() + slot * capacity_;
+    t.entry_index = entry_index_.get() + slot * capacity_;
+    t.scratch = w.sums.get();
+    t.owner = &w;
+    t.make_room = [](void* owner, int64_t i) {
+      auto* worker = static_cast<Worker*>(owner);
+      worker->search->make_room(worker->first_slot + i, *worker);
+    };
+    t.stop = &kGoOn;
+    return t;
+  }
+
+  // Float32 scores of the panels within reach of some query of a block; nearest panels first. The
+  // first blocks show whether that pays: where it does not, leave_out_ ends and the other blocks
+  // are left to score().
+  void score_in_reach(int64_t first, int64_t count, int64_t queries) {
+    pack_database(float_, first, count);
+    const int64_t blocks = ceil_div(queries, block_);
+    const int64_t trial = tried_ ? 0 : std::min(blocks, kTrialBlocks);
+    if (trial > 0) {
+      std::atomic<int64_t> visits{0};
+      parallel_tasks(trial, [&](int64_t i, Worker& w) {
+        visits += score_block_in_reach(first, count, i * blocks / trial, queries, w);
+      });
+      const int64_t all = trial * ceil_div(block_, kReachQueriesAtOnce) * count;
+      const double limit = bf16_.tile == nullptr ? kReachShare : kReachShareBf16;
+      tried_ = true;
+      if (static_cast<double>(visits) > limit * static_cast<double>(all)) {
+        leave_out_ = false;
+        order_given_up.add();
+        for (int64_t i = 0; bf16_.tile != nullptr && i < blocks; ++i) {
+          stop_[i] = visits_[i] == count;
+        }
+        return;
+      }
+      in_order.add();
+    }
+    parallel_tasks(blocks, [&](int64_t block, Worker& w) {
+      if (visits_[block] < count) score_block_in_reach(first, count, block, queries, w);
+    });
+  }
+
+  int64_t score_block_in_reach(int64_t first, int64_t count, int64_t block, int64_t queries,
+                               Worker& w) {
+    const int64_t end = std::min(queries, (block + 1) * block_);
+    int64_t visits = 0;
+    w.task = block;
+    if (float_.depth > kKnnDepth && w.sums.get() == nullptr) {
+      w.sums = Buffer<float>(block_ * columns_);
+    }
+    for (int64_t at = block * block_; at < end; at += kReachQueriesAtOnce) {
+      const int64_t here = std::min(kReachQueriesAtOnce, end - at);
+      visits += score_queries_in_reach(first, count, at, ceil_div(here, rows_at_once_), w);
+    }
+    visits_[block] = count;
+    return visits;
+  }
+
+  // One segment: the slot of a query is its place in the span.
+  int64_t score_queries_in_reach(int64_t first, int64_t count, int64_t at, int64_t groups,
+                                 Worker& w) {
+    const Scorer& s = float_;
+    const int64_t queries = groups * rows_at_once_;
+    const int64_t centres = ceil_div(count, columns_);
+    if (w.products.get() == nullptr) {
+      w.products = Buffer<float>(kReachQueriesAtOnce * ceil_div(chunk_, columns_) * columns_);
+      w.best = Buffer<float>(ceil_div(chunk_, columns_) * columns_);
+      w.tau = Buffer<float>(kReachQueriesAtOnce);
+      w.cut = Buffer<float>(kReachQueriesAtOnce);
+    }
+    w.first_slot = at;
+    s.tile->products(s.query.get() + at * s.depth, groups, s.centres.get(), centres, s.depth,
+                     w.products.get());
+    const KnnReachTask reach{
+        queries,     centres,    w.products.get(), s.centre_half.get(), s.centre_radius.get(),
+        w.tau.get(), w.cut.get()};
+    for (int64_t i = 0; i < queries; ++i) {
+      w.tau[i] = 0.0f;
+      w.cut[i] = lower_[at + i] < kNever ? static_cast<float>(0.5 * square_of(at + i)) : kMaxFloat;
+    }
+    s.tile->reach(reach, w.best.get());
+    w.visits.resize(count);
+    std::iota(w.visits.begin(), w.visits.end(), 0);
+    std::sort(w.visits.begin(), w.visits.end(), [&](int32_t a, int32_t b) {
+      return w.best[a] > w.best[b] || (w.best[a] == w.best[b] && a < b);
+    });
+    KnnTileTask t = tile_task(s, first, 0, at, at, groups, w);
+    int64_t visits = 0;
+    // As many panels as fill the lists; then four times as many each time, of those still in reach.
+    for (int64_t round = ceil_div(capacity_, columns_);; round *= 4) {
+      t.visits = w.visits.data();
+      t.begin = 0;
+      t.end = std::min<int64_t>(round, w.visits.size());
+      visits += s.tile->run(t);
+      w.visits.erase(w.visits.begin(), w.visits.begin() + t.end);
+      if (w.visits.empty()) return visits;
+      for (int64_t i = 0; i < queries; ++i) {
+        if (count_[at + i] >= k_) cut_by_bound(at + i, w);
+        look_for(at + i, &w.tau[i], &w.cut[i]);
+      }
+      s.tile->reach(reach, w.best.get());
+      w.visits.erase(std::remove_if(w.visits.begin(), w.visits.end(),
+                                    [&](int32_t panel) { return w.best[panel] < 0.0f; }),
+                     w.visits.end());
+      if (w.visits.empty()) return visits;
+    }
+  }
+
+  // |q|^2 of a packed query; 0 where it has no scores.
+  double square_of(int64_t i) const {
+    const KnnRelation& r = relation_[i];
+    return r.beta > 0.0 ? 2.0 * r.alpha / r.beta : 0.0;
+  }
+
+  // What reach() computes is off by at most product |q||m| of score_error, and a few roundings of
+  // terms of the size of |q|^2, tau^2, |m|^2 and radius^2: at most this times their sum. The panel
+  // pays for its terms and the query for its own, so that no far row costs the others.
+  double reach_error() const {
+    return 0.5 * score_error(knn_tile_chain(float_.depth, 1)).product + 16.0 * kFloatUnit;
+  }
+
+  // tau and cut of KnnReachTask for a query: rows of true scores >= lower lie within tau,
+  //   |q - c|^2 = |q|^2 - 2 <q, c> + |c|^2 <= |q|^2 - 2 lower,
+  // and no row is farther away than |q| + the largest |c|.
+  void look_for(int64_t i, float* tau, float* cut) const {
+    const double lower = lower_[i], square = square_of(i);
+    const double reach = square - 2.0 * lower + 1e-14 * (square + 2.0 * fabs(lower));
+    const double farthest = sqrt(square) + frame_.max_norm;
+    const double within = std::min(sqrt(std::max(0.0, reach)), farthest);
+    *tau = round_up((1.0 + 1e-6) * within);
+    const double error = reach_error() * (square + within * within) + relation_[i].slack;
+    *cut = nextafterf(static_cast<float>(lower - error), -INFINITY);
   }
 
   // A row of the result of query i has at least this true score: k rows reach `bound`.
@@ -699,7 +1009,8 @@ class Search {
     const int64_t base = slot * capacity_;
     const KnnRelation& relation = relation_[i];
     w.near.resize(count);
-    measure_rows(&entry_index_[base], count, load_query(first_query_ + i, w), w, w.near.data());
+    measure_rows(&entry_index_[base], count, load_query(query_row(first_query_ + i), w), w,
+                 w.near.data());
     std::nth_element(w.near.begin(), w.near.begin() + (k_ - 1), w.near.end());
     const float kth = key_distance(w.near[k_ - 1].key);
     for (int64_t e = 0; e < k_; ++e) {
@@ -780,14 +1091,16 @@ class Search {
   int64_t block_ = 0, span_ = 0;            // queries per task; per round
   int64_t segments_ = 1, capacity_ = 0;     // database parts per query; list entries
   int64_t first_query_ = 0;
-  Buffer<KnnRelation> relation_;             // [span]
-  Buffer<int64_t> self_;                     // [span]
-  Buffer<double> lower_;                     // [slots]: of the true scores of the result
-  Buffer<float> limit_;                      // [slots]: the same, rounded down
-  Buffer<int64_t> count_, entry_index_;      // [slots], [slots][capacity]
-  Buffer<float> entry_score_, entry_error_;  // [slots][capacity]
-  std::vector<int64_t> visits_, measured_;   // [tasks]: panels scored; rows measured
-  Buffer<bool> stop_;                        // [tasks]: no more bf16
+  std::vector<int32_t> row_of_, query_of_position_;  // the order; empty: as they come
+  bool leave_out_ = false, tried_ = false;           // panels out of reach; whether it has paid
+  Buffer<KnnRelation> relation_;                     // [span]
+  Buffer<int64_t> self_;                             // [span]
+  Buffer<double> lower_;                             // [slots]: of the true scores of the result
+  Buffer<float> limit_;                              // [slots]: the same, rounded down
+  Buffer<int64_t> count_, entry_index_;              // [slots], [slots][capacity]
+  Buffer<float> entry_score_, entry_error_;          // [slots][capacity]
+  std::vector<int64_t> visits_, measured_;           // [tasks]: panels scored; rows measured
+  Buffer<bool> stop_;                                // [tasks]: no more bf16
 };
 
 KnnOutputs knn_cpu(const Tensor& query, const Tensor& database, int64_t k, int64_t metric,

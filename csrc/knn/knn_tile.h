@@ -16,14 +16,14 @@ struct KnnTileTask {
   int64_t depth;
   int64_t groups;          // query groups of this task
   const float* query;      // [groups][depth][rows]
-  int64_t panels;          // database panels of this task
-  int64_t stride;          // visiting order: panel (i * stride) mod panels, coprime
-  int64_t begin;           // visits made before
+  const int32_t* visits;   // panels in the order of their visits
+  int64_t begin, end;      // of the visits to make
   const float* database;   // [panels][depth][columns]
   const float* half_norm;  // [panels][columns]: h, +inf for a column that must not be chosen
   const float* norm;       // [panels]: largest length of a packed row of the panel
   const float* residual;   // [panels]: largest length of what packing rounded away
-  int64_t first_row;       // database row of panel 0, column 0
+  int64_t first_row;       // position of panel 0, column 0
+  const int32_t* row_of;   // database row at a position; null: the position itself
 
   // A row belongs in the list of query i when score + error >= lower[i], where
   //   error = radius[i] * norm + spread[i] * residual + square * (norm^2 / 2 + offset).
@@ -47,11 +47,30 @@ struct KnnTileTask {
   const bool* stop;                              // set by make_room: no further panel
 };
 
+// Which panels can still matter to some queries. The rows of panel c lie within radius[c] of its
+// centre m, and query i looks for rows within tau[i]. Such a row has |q - m| <= radius + tau, which
+// in terms of products and of h = (|m|^2 - radius^2) / 2, cut = (|q|^2 - tau^2) / 2 reads
+//   <q, m> + radius tau - h >= cut.
+struct KnnReachTask {
+  int64_t queries;
+  int64_t panels;        // of centres
+  const float* product;  // [panels][queries][columns]: <q, m>
+  const float* half;     // [panels * columns]: h
+  const float* radius;   // [panels * columns]
+  const float* tau;      // [queries]
+  const float* cut;      // [queries]
+};
+
 struct KnnTileKernel {
   int rows;
   int columns;
   int features;                        // in a unit: 1 for float32, 2 for bf16
-  int64_t (*run)(const KnnTileTask&);  // returns the visits made
+  int64_t (*run)(const KnnTileTask&);  // returns the visit it stopped before
+  // <q, m> of `groups` packed query groups and packed centres -> [panels][groups * rows][columns].
+  void (*products)(const float* query, int64_t groups, const float* centres, int64_t panels,
+                   int64_t depth, float* out);
+  // The largest left side - cut over the queries, [panels * columns]: negative, out of reach.
+  void (*reach)(const KnnReachTask&, float* out);
 };
 
 constexpr int kKnnMaxColumns = 32;

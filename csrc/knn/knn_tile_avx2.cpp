@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void multiply_add(float query, Vec panel, 
 
 }  // namespace
 
-const KnnTileKernel knn_tile_avx2{kRows, kColumns, 1, run};
+const KnnTileKernel knn_tile_avx2{kRows, kColumns, 1, run, products, reach};
 
 }  // namespace als
 #endif

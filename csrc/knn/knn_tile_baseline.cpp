@@ -29,6 +29,6 @@ inline __attribute__((always_inline)) void multiply_add(float query, Vec panel, 
 }  // namespace
 
 extern const KnnTileKernel knn_tile_baseline;
-const KnnTileKernel knn_tile_baseline{kRows, kColumns, 1, run};
+const KnnTileKernel knn_tile_baseline{kRows, kColumns, 1, run, products, reach};
 
 }  // namespace als

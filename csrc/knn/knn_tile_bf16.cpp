@@ -30,7 +30,7 @@ inline __attribute__((always_inline)) void multiply_add(float query, Vec panel, 
 
 }  // namespace
 
-const KnnTileKernel knn_tile_bf16{kRows, kColumns, 2, run};
+const KnnTileKernel knn_tile_bf16{kRows, kColumns, 2, run, products, reach};
 
 }  // namespace als
 #endif

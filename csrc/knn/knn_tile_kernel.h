@@ -42,7 +42,8 @@ __attribute__((noinline)) void push(const KnnTileTask& t, int64_t slot, uint32_t
   const int64_t start = at;
   for (; mask != 0; mask &= mask - 1) {
     const int column = __builtin_ctz(mask);
-    const int64_t row = t.first_row + panel * kColumns + column;
+    const int64_t position = t.first_row + panel * kColumns + column;
+    const int64_t row = t.row_of == nullptr ? position : t.row_of[position];
     t.entry_score[at] = score[column];
     t.entry_error[at] = error;
     t.entry_index[at] = row;
@@ -110,15 +111,56 @@ int64_t run(const KnnTileTask& t) {
   const int64_t blocks = knn_depth_blocks(t.depth);
   const int64_t depth = (t.depth + blocks - 1) / blocks;
   int64_t i = t.begin;
-  for (int64_t panel = i * t.stride % t.panels; i < t.panels && !*t.stop; ++i) {
-    const int64_t following = (panel + t.stride) % t.panels;
+  for (; i < t.end && !*t.stop; ++i) {
+    const int64_t panel = t.visits[i];
+    const int64_t following = t.visits[i + 1 < t.end ? i + 1 : i];
     for (int64_t begin = 0; begin < t.depth; begin += depth) {
       const int64_t end = begin + depth < t.depth ? begin + depth : t.depth;
       const float* next =
           t.database + (end < t.depth ? panel * t.depth + end : following * t.depth) * kColumns;
       for (int64_t group = 0; group < t.groups; ++group) score(t, group, panel, begin, end, next);
     }
-    panel = following;
   }
   return i;
+}
+
+void products(const float* query, int64_t groups, const float* centres, int64_t panels,
+              int64_t depth, float* out) {
+  for (int64_t panel = 0; panel < panels; ++panel, centres += depth * kColumns) {
+    for (int64_t group = 0; group < groups; ++group, out += kRows * kColumns) {
+      Vec sum[kRows][2] = {};
+      const int64_t blocks = knn_depth_blocks(depth);
+      const int64_t length = (depth + blocks - 1) / blocks;
+      for (int64_t begin = 0; begin < depth; begin += length) {
+        Vec acc[kRows][2];
+        multiply(query + (group * depth + begin) * kRows, centres + begin * kColumns,
+                 begin + length < depth ? length : depth - begin, acc);
+        for (int i = 0; i < kRows; ++i) {
+          sum[i][0] += acc[i][0];
+          sum[i][1] += acc[i][1];
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        reinterpret_cast<Vec*>(out)[2 * i] = sum[i][0];
+        reinterpret_cast<Vec*>(out)[2 * i + 1] = sum[i][1];
+      }
+    }
+  }
+}
+
+void reach(const KnnReachTask& t, float* out) {
+  const Vec* product = reinterpret_cast<const Vec*>(t.product);
+  for (int64_t v = 0; v < 2 * t.panels; v += 2, out += kColumns) {
+    Vec best[2];
+    const Vec* radius = reinterpret_cast<const Vec*>(t.radius) + v;
+    const Vec* half = reinterpret_cast<const Vec*>(t.half) + v;
+    best[0] = best[1] = -3.0e38f - Vec{};
+    for (int64_t i = 0; i < t.queries; ++i, product += 2) {
+      for (int h = 0; h < 2; ++h) {
+        const Vec value = product[h] + radius[h] * t.tau[i] - t.cut[i];
+        best[h] = value > best[h] ? value : best[h];
+      }
+    }
+    for (int h = 0; h < 2; ++h) reinterpret_cast<Vec*>(out)[h] = best[h] - half[h];
+  }
 }

@@ -1,13 +1,16 @@
 // What the CPU runs at each instruction set, against plain loops.
-// sources: knn/knn_tile_*.cpp knn/knn_list.cpp knn/knn_rows.cpp knn/knn_scan.cpp knn/knn_sums.cpp
+// sources: knn/knn_tile_*.cpp knn/knn_list.cpp knn/knn_order.cpp knn/knn_rows.cpp knn/knn_scan.cpp
+// sources: knn/knn_sums.cpp
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 
 #include "knn/knn_list.h"
+#include "knn/knn_order.h"
 #include "knn/knn_rows.h"
 #include "knn/knn_scan.h"
 #include "knn/knn_sums.h"
@@ -293,7 +296,9 @@ TEST(Bf16Error, BoundsTheScoresOfTheInstruction) {
         const bool stop = false;
         als::KnnTileTask t{};
         t.depth = depth;
-        t.groups = t.panels = t.stride = 1;
+        const int32_t visit = 0;
+        t.groups = t.end = 1;
+        t.visits = &visit;
         t.query = query[0].x;
         t.database = database[0].x;
         t.half_norm = half[0].x;
@@ -330,5 +335,143 @@ TEST(Bf16Error, BoundsTheScoresOfTheInstruction) {
   EXPECT_GE(worst, 0.3);  // a bound far from what happens would re-examine far too much
 }
 #endif
+
+// ---- panels out of reach ----
+
+std::vector<const als::KnnTileKernel*> float_tiles() {
+  std::vector<const als::KnnTileKernel*> found{&als::knn_tile_baseline};
+#if defined(__x86_64__)
+  if (als::best_cpu_level() >= als::CpuLevel::kAvx2) found.push_back(&als::knn_tile_avx2);
+  if (als::best_cpu_level() >= als::CpuLevel::kAvx512) found.push_back(&als::knn_tile_avx512);
+#endif
+  return found;
+}
+
+struct alignas(64) Floats {
+  explicit Floats(size_t n) : lines(n / 16 + 1) {}
+  float& operator[](size_t i) { return lines[i / 16].x[i % 16]; }
+  float* data() { return lines[0].x; }
+  struct alignas(64) Line {
+    float x[16] = {};
+  };
+  std::vector<Line> lines;
+};
+
+TEST(KnnReach, ProductsAndReachAreThoseOfPlainLoops) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  for (const als::KnnTileKernel* tile : float_tiles()) {
+    for (int64_t depth : {1, 7, 128, 129, 300}) {
+      const int64_t groups = 2, panels = 3, m = groups * tile->rows, columns = tile->columns;
+      Floats query(m * depth), centres(panels * columns * depth), out(m * panels * columns);
+      for (int64_t i = 0; i < m * depth; ++i) query[i] = normal(random);
+      for (int64_t i = 0; i < panels * columns * depth; ++i) centres[i] = normal(random);
+      tile->products(query.data(), groups, centres.data(), panels, depth, out.data());
+      Floats half(panels * columns), radius(panels * columns), best(panels * columns);
+      std::vector<float> tau(m), cut(m);
+      for (int64_t c = 0; c < panels * columns; ++c) {
+        half[c] = normal(random);
+        radius[c] = std::fabs(normal(random));
+      }
+      for (int64_t i = 0; i < m; ++i) {
+        tau[i] = std::fabs(normal(random));
+        cut[i] = 10.0f + normal(random);
+      }
+      cut[3] = -kInf;  // a query without a limit yet reaches everything
+      const auto largest = [&](bool unlimited) {
+        cut[3] = unlimited ? -kInf : 10.0f;
+        const als::KnnReachTask task{m,          panels,    out.data(), half.data(), radius.data(),
+                                     tau.data(), cut.data()};
+        tile->reach(task, best.data());
+      };
+      largest(true);
+      for (int64_t c = 0; c < panels * columns; ++c) EXPECT_EQ(best[c], kInf);
+      largest(false);
+      for (int64_t c = 0; c < panels * columns; ++c) {
+        double want = -1e300;
+        for (int64_t i = 0; i < m; ++i) {
+          double exact = 0.0;
+          for (int64_t d = 0; d < depth; ++d) {
+            exact += double{query[(i / tile->rows * depth + d) * tile->rows + i % tile->rows]} *
+                     centres[(c / columns * depth + d) * columns + c % columns];
+          }
+          EXPECT_NEAR(out[(c / columns * m + i) * columns + c % columns], exact, 1e-4);
+          want = std::max(want, exact + double{radius[c]} * tau[i] - cut[i]);
+        }
+        EXPECT_NEAR(best[c], want - half[c], 1e-4);
+      }
+    }
+  }
+}
+
+TEST(KnnOrder, SplitsAcrossTheWidestDirectionAndKeepsEveryPoint) {
+  constexpr int64_t kPoints = 1000, kLeft = 384;
+  std::vector<float> points(kPoints * als::kKnnCoordinates, 0.0f);
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < kPoints; ++i) {
+    float* point = &points[i * als::kKnnCoordinates];
+    for (int j = 0; j < als::kKnnCoordinates; ++j) point[j] = 0.1f * normal(random);
+    const float along = 5.0f * normal(random);
+    point[2] += along;
+    point[5] -= along;
+  }
+  std::vector<int32_t> order(kPoints);
+  std::iota(order.begin(), order.end(), 0);
+  als::knn_split(points.data(), order.data(), 0, kLeft, kPoints);
+  const auto place = [&](int64_t i) {
+    const float* point = &points[order[i] * als::kKnnCoordinates];
+    return point[2] - point[5];
+  };
+  double left = 0.0, right = 0.0;
+  for (int64_t i = 0; i < kLeft; ++i) left += place(i) / kLeft;
+  for (int64_t i = kLeft; i < kPoints; ++i) right += place(i) / (kPoints - kLeft);
+  EXPECT_GT(std::fabs(left - right), 10.0);
+  std::vector<int32_t> sorted = order;
+  std::sort(sorted.begin(), sorted.end());
+  for (int64_t i = 0; i < kPoints; ++i) EXPECT_EQ(sorted[i], i);
+}
+
+TEST(KnnOrder, EqualPointsArePartedByPosition) {
+  std::vector<float> points(40 * als::kKnnCoordinates, 1.0f);
+  std::vector<int32_t> order(40);
+  std::iota(order.rbegin(), order.rend(), 0);
+  als::knn_split(points.data(), order.data(), 0, 8, 40);
+  std::sort(order.begin(), order.begin() + 8);
+  for (int32_t i = 0; i < 8; ++i) EXPECT_EQ(order[i], i);
+}
+
+TEST(KnnOrder, LeavesAreWholeButForTheLast) {
+  EXPECT_EQ(als::knn_middle(32, 32), 0);
+  EXPECT_EQ(als::knn_middle(33, 32), 32);
+  EXPECT_EQ(als::knn_middle(100, 32), 64);
+  EXPECT_EQ(als::knn_middle(60000, 32), 30016);
+}
+
+TEST(KnnOrder, DirectionsAreOrthonormalAndSpanTheRows) {
+  constexpr int64_t kRows = 200, kDim = 50;
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(kRows * kDim, 0.0f);
+  for (int64_t r = 0; r < kRows; ++r) {  // three directions, of falling variance
+    for (int j = 0; j < 3; ++j) rows[r * kDim + 7 * j] = normal(random) * (9.0f / (1 + j));
+  }
+  const std::vector<float> directions = als::knn_directions(rows.data(), kRows, kDim, 4);
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j <= i; ++j) {
+      float dot = 0.0f;
+      for (int64_t d = 0; d < kDim; ++d) dot += directions[i * kDim + d] * directions[j * kDim + d];
+      EXPECT_NEAR(dot, i == j && i < 3 ? 1.0f : 0.0f, 1e-4f);
+    }
+  }
+  float point[als::kKnnCoordinates];
+  for (int64_t r = 0; r < kRows; ++r) {
+    als::knn_project(&rows[r * kDim], directions.data(), kDim, 4, point);
+    float length = 0.0f, want = 0.0f;
+    for (float x : point) length += x * x;
+    for (int64_t d = 0; d < kDim; ++d) want += rows[r * kDim + d] * rows[r * kDim + d];
+    EXPECT_NEAR(length, want, 1e-3f * want);
+  }
+}
 
 }  // namespace
