@@ -4,7 +4,8 @@
 the package's small CNN, batches of 256. Raced: some steps of training, with the batches taken as
 the Trainer takes them. A correction is what the Trainer does after an epoch: embeddings of all
 samples, a step of the LabelCorrector at its defaults, the reset of the relabelled samples; it is
-timed on all 60,000 and counted once a ``period`` of epochs, the default of TrainConfig.
+timed on all 60,000. A run of TrainConfig's default epochs makes as many as its warm-up, its period
+and LabelCorrector.converged say, which is tried out before the race.
 """
 
 import itertools
@@ -108,8 +109,27 @@ def setup(rows, steps, device):
     embedded, weights = embeddings(), optimizer.weights
 
     def correct():
-        result = LabelCorrector(y, CLASSES).step(embedded, weights.log_pi())
+        result = LabelCorrector(given, CLASSES).step(embedded, weights.log_pi())
         weights.reset_(result.changed.nonzero()[:, 0])
+
+    config, count = TrainConfig(), (rows + BATCH - 1) // BATCH
+    due = len(range(config.warmup, config.epochs, config.period))
+
+    def corrections():
+        """How many a run makes, WARM_UP steps of training apart."""
+        corrector = LabelCorrector(y, CLASSES)
+        for made in range(due):
+            if corrector.converged:
+                return made
+            result = corrector.step(embeddings(), weights.log_pi())
+            y.copy_(result.new_label)
+            weights.reset_(result.changed.nonzero()[:, 0])
+            ours(WARM_UP if rows > WARM_UP * BATCH else steps)
+        return due
+
+    given = y.clone()
+    made = corrections()
+    y.copy_(given)
 
     def error():
         with torch.no_grad():
@@ -117,19 +137,20 @@ def setup(rows, steps, device):
         got, want = (f(logits, label, weight)[0] for f in (weighted_loss, float64_loss))
         return ((got - want).abs() / want).item()
 
-    period, count = TrainConfig().period, (rows + BATCH - 1) // BATCH
-
     def derive(median):
         also_epoch, plain_epoch = median["ours"] * count, median[ADAMW] * count
-        correction = median[EMBED] + median[CORRECT]
-        room = 1.10 - also_epoch / plain_epoch
+        correction = (median[EMBED] + median[CORRECT]) / plain_epoch
+        bare = also_epoch / plain_epoch
         return {
-            "ratio_without_correction": also_epoch / plain_epoch,
-            "ratio_with_correction": (also_epoch + correction / period) / plain_epoch,
-            "correction_in_epochs_of_adamw": correction / plain_epoch,
+            "ratio_without_correction": bare,
+            "ratio_with_correction": bare + made * correction / config.epochs,
+            "ratio_with_every_correction": bare + due * correction / config.epochs,
+            "correction_in_epochs_of_adamw": correction,
             "embeddings_in_epochs_of_adamw": median[EMBED] / plain_epoch,
-            "period": period,
-            "period_for_1.10": correction / plain_epoch / room if room > 0 else None,
+            "epochs": config.epochs,
+            "corrections": made,
+            "corrections_when_none_converges": due,
+            "corrections_for_1.10": max(0.0, 1.10 - bare) * config.epochs / correction,
             "steps_an_epoch": count,
         }
 

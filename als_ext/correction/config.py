@@ -58,7 +58,7 @@ class CorrectionConfig:
     vote_smoothing: float = 1e-3
     score_limit: float = 0.0
     selection_size: int = 10_000
-    stop_share: float = 1e-3
+    stop_share: float = 1e-2
     precision: str = "exact"
     seed: int = 0
 
