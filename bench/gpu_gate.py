@@ -141,6 +141,14 @@ def counted(report: Path) -> dict[str, int]:
     }
 
 
+def hidden(folder: Path) -> dict[str, str]:
+    """Paths of this machine that results shall not hold, and what stands there instead."""
+    hide = {str(folder): "OUT", str(ROOT): ".", sys.executable: PYTHON}
+    if sys.prefix != sys.base_prefix:  # a virtual environment; /usr is no secret
+        hide[sys.prefix] = "VENV"
+    return hide
+
+
 def shown(words: Sequence[str], env: dict[str, str], hide: dict[str, str]) -> str:
     text = shlex.join(words)
     for path, name in hide.items():
@@ -271,7 +279,7 @@ def main(arguments: list[str] | None = None, make_parts: Any = all_parts) -> int
             _say(f"{part.name:22} {status:10} {part.what}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    hide = {str(folder): "OUT", str(ROOT): ".", sys.executable: PYTHON, sys.prefix: "PREFIX"}
+    hide = hidden(folder)
     for number, part in enumerate(chosen, 1):
         before = f"[{number}/{len(chosen)}] {part.name}: "
         if state["parts"].get(part.name, {}).get("status") == DONE:

@@ -297,6 +297,9 @@ def run(
         raise OutOfTime
     device = torch.device(device)
     row: dict[str, Any] = {"op": race.op, "case": race.case, "device": device.type}
+    if device.type == "cuda":  # what the race before held
+        gc.collect()
+        torch.cuda.empty_cache()
     start = time.perf_counter()
     try:
         lineup = race.setup(device)
