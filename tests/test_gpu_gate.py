@@ -56,7 +56,6 @@ def rehearsal(tmp_path_factory):
     """The script as a user calls it; all parts are rehearsed by .ci/run."""
     folder = tmp_path_factory.mktemp("gate")
     words = [word for name in REHEARSED for word in ("--part", name)]
-    start = time.monotonic()
     done = subprocess.run(
         [str(ROOT / "bench" / "gpu_gate.sh"), "--dry-run", "--out", str(folder), *words],
         env={**os.environ, "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1"},
@@ -66,11 +65,11 @@ def rehearsal(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout, time.monotonic() - start
+    return folder, done.stdout
 
 
 def test_the_rehearsal_runs_what_a_cpu_can(rehearsal):
-    folder, said, _ = rehearsal
+    folder, said = rehearsal
     (path,) = folder.glob("gpu-dry-run-*[0-9a-f].json")
     state = json.loads(path.read_text())
     assert {name: part["status"] for name, part in state["parts"].items()} == dict.fromkeys(
@@ -180,7 +179,7 @@ def test_a_part_at_its_time_limit_is_unfinished_and_its_children_are_ended(tmp_p
     sleeper += f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(30)"
     start = time.monotonic()
     status, state = gate(tmp_path / "out", slow=Step((), dry=code(sleeper)))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
     assert status == 3
     assert state["parts"]["slow"]["why"] == "the time limit"
     time.sleep(3)
@@ -325,13 +324,13 @@ def test_wall_time_starts_when_the_device_is_idle():
     clock = CudaClock(cuda, lambda: cuda.log.append("flush"))
     seconds = clock.wall_seconds(lambda: (cuda.log.append("call"), time.sleep(0.01)))
     assert cuda.log == ["flush", "synchronize", "call", "synchronize"]
-    assert 0.01 <= seconds < 1.0
+    assert seconds >= 0.01
 
 
 def two():
     made = race.Lineup("error", limit=1e-6)
     made.ours(lambda: None, lambda: 0.0)
-    made.peer("theirs", lambda: time.sleep(1e-3))
+    made.peer("theirs", lambda: time.sleep(0.05))
     return made
 
 
@@ -344,7 +343,7 @@ def test_a_row_of_a_gpu_has_device_and_wall_times(monkeypatch):
     ours, theirs = row["contenders"]
     assert theirs["ratio"] == 1.0
     assert theirs["median_s"] == pytest.approx(2e-3)
-    assert theirs["wall"]["median_s"] >= 1e-3 > ours["wall"]["median_s"]
+    assert theirs["wall"]["median_s"] >= 0.05 > ours["wall"]["median_s"]
     text = "\n".join(gpu_report.race({"name": "op/case", **row}))
     assert "| theirs | peer | 2000 (2000 – 2000) | 1.000 |" in text
     assert "Gate passed" in text
