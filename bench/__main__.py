@@ -54,7 +54,7 @@ def table(
     """Race every operation and print the table."""
     if context.invoked_subcommand is not None:
         return DONE
-    races = [r for r in race.all_races(quick) if not (r.cpu_only and device != "cpu")]
+    races = [r for r in race.all_races(quick) if r.runs_on(device)]
 
     def run(one: race.Race, left: float) -> dict[str, Any]:
         return race.run(one, device=device, quick=quick, seconds_left=left)

@@ -14,6 +14,7 @@ import torch
 import als_ext
 from als_ext.ops import knn
 from als_ext.reference.knn import knn as float64_knn
+from bench import peers
 from bench.curve import Curve
 from bench.race import Lineup, Race
 
@@ -21,6 +22,10 @@ BLOCK = 2048  # queries at a time for peers that make a Q × M matrix
 DIMS, KS = (8, 64, 128, 512, 768), (1, 10, 64, 500)
 ROWS, QUERIES = 60_000, 4096
 CHECKED = 20  # queries compared with float64
+# (queries, rows, D, k, order) on a GPU beside the others: neighbour graphs, growing k, growing D
+GPU_SIZES = [(100_000, 100_000, dim, 10, "self") for dim in (128, 256)]
+GPU_SIZES += [(16_384, 100_000, 128, k, "random") for k in (4, 16, 32, 64)]
+GPU_SIZES += [(16_384, 100_000, dim, 10, "random") for dim in (512, 768)]
 ORDERS = ("nearest first", "farthest first")
 
 
@@ -75,6 +80,14 @@ def mismatch(got, want):
     return (got != want).float().mean().item()
 
 
+def gpu_targets(dim, self_graph):
+    if dim >= 512:
+        return {"bfloat16 product": 0.9}
+    if not self_graph:
+        return {}
+    return {128: {peers.FLASHLIB: 2.5, "bfloat16 product": 0.45}, 256: {peers.FLASHLIB: 2.0}}[dim]
+
+
 def has_bf16_products():
     return any("bf16" in name and there for name, there in als_ext.build_info()["cpu"].items())
 
@@ -100,7 +113,7 @@ def nearest(queries, rows, dim, order):
     return float64_knn(query[:CHECKED], database, max(KS), exclude_self=order.startswith("self"))
 
 
-def setup(queries, rows, dim, k, order, few, device):
+def setup(queries, rows, dim, k, order, few, quick, device):
     query, database = (part.to(device) for part in inputs(queries, rows, dim, order))
     exclude = order.startswith("self")
     ours = partial(knn, query, database, k, exclude_self=exclude)
@@ -123,11 +136,19 @@ def setup(queries, rows, dim, k, order, few, device):
         lineup.peer("cdist + topk", partial(cdist_topk, query, database, k + exclude))
     if device.type == "cpu":
         _cpu_peers(lineup, query, database, k + exclude, few, None if exclude else want[1])
+
+    def third_party_error(search):
+        return mismatch(search(query[:CHECKED], database, k)[1].cpu().long(), want[1])
+
+    own = None if exclude else third_party_error
+    peers.add_knn(lineup, query, database, k + exclude, own, quick)
     if queries == 1:
         lineup.ceiling("read of the database", lambda: database.amax())
     lineup.at_least = {"faiss": 1.0}
     if exclude:
         lineup.at_least = {"faiss": 2.5 if has_bf16_products() else 1.5, "float32 product": 1 / 1.1}
+    if device.type == "cuda":
+        lineup.at_least = gpu_targets(dim, exclude) if rows > ROWS else {}
     lineup.ceiling("float32 product", product(query, database))
     lineup.ceiling("bfloat16 product", product(query.bfloat16(), database.bfloat16()))
     return lineup
@@ -164,7 +185,7 @@ def races(quick):
     def race(count, dim, k, order="random", few=False):
         case = f"D = {dim}, k = {k}, Q = {count}"
         case += "" if order == "random" else f", {order}"
-        return Race("knn", case, partial(setup, count, rows, dim, k, order, few))
+        return Race("knn", case, partial(setup, count, rows, dim, k, order, few, quick))
 
     grid = [(dim, k) for dim in ((8, 24) if quick else DIMS) for k in ((1, 10) if quick else KS)]
     for dim, k in grid:
@@ -175,6 +196,10 @@ def races(quick):
         yield race(queries, 24 if quick else 128, 10, order, few=True)
     for count in (1, 16):
         yield race(count, 24 if quick else 128, 10)
+    for count, many, dim, k, order in [] if quick else GPU_SIZES:
+        case = f"D = {dim}, k = {k}, Q = {count}, M = {many}, {order}"
+        make = partial(setup, count, many, dim, k, order, True, quick)
+        yield Race("knn", case, make, gpu_only=True)
 
 
 def curves(quick):

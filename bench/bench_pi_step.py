@@ -20,7 +20,8 @@ LR, DECAY = 1e-3, 1e-2
 BATCHES = 64  # more than a race calls
 STEPS = 5  # before the gate looks
 GATE = 2e-6
-REFERENCE_UP_TO = 10_000_000
+GPU_TARGETS = {"reference, torch eager": 4.0, "reference, torch.compile": 1.5, COPY: 0.85}
+REFERENCE_UP_TO = {"cpu": 10_000_000, "cuda": 100_000_000}
 
 
 def published(pi, prior, index, loss):
@@ -105,8 +106,8 @@ def setup(n, size, mode, with_prior, quick, device):
     if mode == "lazy":
         dense = make_weights(n, "dense", prior, device)
         lineup.variant("dense", partial(step, dense, batches(n, size, device)))
-    if n > REFERENCE_UP_TO:
-        reason = f"seconds a step; see n = {REFERENCE_UP_TO:.0e}"
+    if n > REFERENCE_UP_TO[device.type]:
+        reason = f"seconds a step; see n = {REFERENCE_UP_TO[device.type]:.0e}"
         for name in ("reference, torch eager", "reference, torch.compile", "log domain, torch"):
             lineup.skip(name, reason)
     else:
@@ -121,6 +122,8 @@ def setup(n, size, mode, with_prior, quick, device):
         lineup.ceiling(COPY, copy_of((8 if with_prior else 4) * n, device))
         if n == 10_000_000:
             lineup.at_least = {"reference, torch eager": 20.0, COPY: 0.6}
+        if device.type == "cuda":
+            lineup.at_least = {} if n < 10**8 else GPU_TARGETS
     return lineup
 
 
@@ -140,16 +143,18 @@ def _torch_peers(lineup, n, prior, index, loss, quick):
 
 def races(quick):
     dense = [(60_000, 128, False), (1_000_000, 1024, False), (10_000_000, 1024, False)]
-    dense += [(10_000_000, 1024, True)]
-    lazy = [10**5, 10**6, 10**7, 10**8]
+    dense += [(10_000_000, 1024, True), (100_000_000, 1024, False)]
+    lazy = [10**5, 10**6, 10**7, 10**8, 10**9]
     if quick:
         dense, lazy = [(3000, 64, False), (3000, 64, True)], [3000]
     for n, size, with_prior in dense:
         case = f"dense, n = {n:.0e}, B = {size}" + (", prior" if with_prior else "")
-        yield Race("pi_step", case, partial(setup, n, size, "dense", with_prior, quick))
+        make = partial(setup, n, size, "dense", with_prior, quick)
+        yield Race("pi_step", case, make, gpu_only=n > 10**7)
     for n in lazy:
         case = f"lazy, n = {n:.0e}, B = 256"
-        yield Race("pi_step", case, partial(setup, n, 256, "lazy", False, quick))
+        make = partial(setup, n, 256, "lazy", False, quick)
+        yield Race("pi_step", case, make, gpu_only=n > 10**8)
 
 
 def curves(quick):

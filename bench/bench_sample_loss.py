@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from als_ext.ops import sample_loss
 from als_ext.reference.sample_loss import sample_loss as float64_loss
-from bench.bench_weighted_loss import SHAPES
+from bench import peers
+from bench.bench_weighted_loss import GPU_SHAPES, SHAPES, gpu_targets
 from bench.inputs import COPY, LIMIT, batch, copy_of, deviation
 from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
 
@@ -69,8 +70,19 @@ def setup(loss, part, rows, classes, dtype, quick, device):
         lineup.skip("torch.compile", NOT_COMPILED)
     else:
         lineup.peer("torch.compile", partial(run, compiled, *data), compiled=True)
+    if loss == "cross_entropy":
+
+        def third_party(function, logits):
+            return run(function, logits, *data[1:])
+
+        def third_party_error(function, logits):
+            return deviation(full(function, logits, *data[1:]), want)
+
+        peers.add_losses(lineup, data[0], third_party, third_party_error, quick)
     size = data[0].numel() * data[0].element_size()
     lineup.ceiling(COPY, copy_of(size if run is forward else 3 * size, device))
+    if device.type == "cuda" and run is full:
+        lineup.at_least = gpu_targets(classes, dtype)
     return lineup
 
 
@@ -79,10 +91,11 @@ def races(quick):
         ("cross_entropy", part, *shape, dtype)
         for part in ("forward", "full")
         for dtype in LIMIT
-        for shape in ([(64, 10)] if quick else SHAPES)
+        for shape in ([(64, 10)] if quick else SHAPES + GPU_SHAPES)
     ]
     shape = (64, 10) if quick else (8192, 100)
     cases += [(loss, "full", *shape, "float32") for loss in ("focal", "gce")]
     for loss, part, rows, classes, dtype in cases:
         case = f"{loss} {part}, {rows} × {classes}, {dtype}"
-        yield Race("sample_loss", case, partial(setup, loss, part, rows, classes, dtype, quick))
+        make = partial(setup, loss, part, rows, classes, dtype, quick)
+        yield Race("sample_loss", case, make, gpu_only=(rows, classes) in GPU_SHAPES)

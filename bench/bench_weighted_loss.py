@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from als_ext.ops import sample_loss, weighted_loss
 from als_ext.reference.weighted_loss import weighted_loss as float64_loss
+from bench import peers
 from bench.curve import Curve
 from bench.inputs import COPY, LIMIT, batch, copy_of, deviation
 from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
@@ -19,14 +20,32 @@ SHAPES = [
     *((256, 100), (8192, 100), (8192, 1000), (1024, 32_000)),
 ]
 
+GPU_SHAPES = [(32_768, 256), (8192, 4096), (4096, 128_256)]  # on a GPU beside the others
+
 TARGETS = {
     (8192, 10, "float32"): {"torch eager": 3.0},
     (8192, 1000, "float32"): {"torch eager": 5.0, "torch.compile": 3.0},
 }
 
 
+EMPTY_LAUNCH = "empty launch"
+
+
+def gpu_targets(classes, dtype):
+    """Of a copy's bandwidth, and against peers that are written for few or many classes."""
+    if dtype == "bfloat16" and 100 < classes <= 1024:
+        return {COPY: 0.8, "torch.compile": 2.5, peers.QUACK: 1.5}
+    return {peers.LIGER: 1.4} if dtype == "bfloat16" and classes >= 4096 else {}
+
+
 def eager(logits, target, weight):
     losses = F.cross_entropy(logits, target, reduction="none")
+    return (weight * losses).sum(), losses
+
+
+def reduced(loss, logits, target, weight):
+    """The weighted sum of another library's losses."""
+    losses = loss(logits, target)
     return (weight * losses).sum(), losses
 
 
@@ -58,8 +77,21 @@ def setup(rows, classes, dtype, quick, device):
     else:
         lineup.peer("torch.compile", partial(step, compiled, *data), compiled=True)
     logits = data[0]
+
+    def third_party(loss, logits):
+        return step(partial(reduced, loss), logits, *data[1:])
+
+    def third_party_error(loss, logits):
+        return deviation(third_party(loss, logits), want)
+
+    peers.add_losses(lineup, logits, third_party, third_party_error, quick)
     lineup.ceiling(COPY, copy_of(2 * logits.numel() * logits.element_size(), device))
     lineup.at_least = TARGETS.get((rows, classes, dtype), {})
+    if device.type == "cuda":
+        lineup.at_least = gpu_targets(classes, dtype)
+        if rows <= 4096 and classes <= 100:  # a batch so small that only launches take time
+            lineup.ceiling(EMPTY_LAUNCH, partial(torch.cuda._sleep, 0))
+            lineup.at_least = {EMPTY_LAUNCH: 1 / 1.2}
     return lineup
 
 
@@ -68,6 +100,10 @@ def races(quick):
         for rows, classes in [(64, 10), (64, 100)] if quick else SHAPES:
             case = f"{rows} × {classes}, {dtype}"
             yield Race("weighted_loss", case, partial(setup, rows, classes, dtype, quick))
+        for rows, classes in [] if quick else GPU_SHAPES:
+            case = f"{rows} × {classes}, {dtype}"
+            make = partial(setup, rows, classes, dtype, quick)
+            yield Race("weighted_loss", case, make, gpu_only=True)
 
 
 def curves(quick):

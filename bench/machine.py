@@ -14,6 +14,7 @@ import torch
 import als_ext
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU_PACKAGES = ("triton", "liger-kernel", "quack-kernels", "flashlib")
 PACKAGES = ("torch", "numpy", "scikit-learn", "faiss-cpu", "cleanlab", "threadpoolctl")
 
 
@@ -72,7 +73,22 @@ def _huge_pages() -> str | None:
 
 
 def _versions() -> dict[str, str | None]:
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    packages = PACKAGES + (GPU_PACKAGES if torch.cuda.is_available() else ())
+    found = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    if torch.cuda.is_available():
+        found["cuda of torch"] = torch.version.cuda
+    return found
+
+
+def _gpu() -> dict[str, Any]:
+    about = torch.cuda.get_device_properties()
+    return {
+        "gpu": about.name,
+        "gpu_memory_gib": round(about.total_memory / 2**30, 1),
+        "gpu_l2_mib": round(getattr(about, "L2_cache_size", 0) / 2**20, 1),
+        "gpu_multiprocessors": about.multi_processor_count,
+        "gpu_capability": f"{about.major}.{about.minor}",
+    }
 
 
 def _version(package: str) -> str | None:
@@ -111,7 +127,7 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     if torch.cuda.is_available():
-        where["gpu"] = torch.cuda.get_device_name()
+        where |= _gpu()
     return {
         "machine": where,
         "versions": _versions(),

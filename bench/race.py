@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from bench.clock import CudaClock
+
 WARM_UP = 3
 LEAST, USUAL, MOST = 5, 20, 40  # rounds where a round takes long, takes < 1 s, takes little
 SHORT_S, LONG_S = 1.5, 2.0  # aimed at: a race of short rounds; one contender of long ones
@@ -112,6 +114,11 @@ class Race:
     case: str
     setup: Callable[[torch.device], Lineup]
     cpu_only: bool = False
+    gpu_only: bool = False  # a size that a CPU is not asked for
+
+    def runs_on(self, device: str) -> bool:
+        """Whether the race is one of a table of ``device``."""
+        return not (self.gpu_only if device == "cpu" else self.cpu_only)
 
     @property
     def name(self) -> str:
@@ -146,7 +153,7 @@ NOT_COMPILED = "a quick run compiles nothing"
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call, until the device is done."""
+    """Seconds of a call, until the device is done; its caches as they are."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -188,6 +195,7 @@ def interleave(
     rounds: dict[str, int],
     device: torch.device,
     settle: float = 0.0,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Time the calls in turn, each as often as ``rounds`` says, spread over the whole time."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -201,15 +209,33 @@ def interleave(
                 if (number + 1) * rounds[name] // total > number * rounds[name] // total:
                     if settle:
                         time.sleep(settle)
-                    times[name].append(timed(calls[name], device))
+                    call = calls[name]
+                    times[name].append(timed(call, device) if clock is None else clock(call))
     finally:
         gc.enable()
     return times
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An exception in one line of a table."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+
+
+def _errors(lineup: Lineup) -> dict[str, float]:
+    """Errors against float64. A peer that raises is named as skipped."""
+    errors = {}
+    for contender in list(lineup.contenders):
+        if contender.error is None:
+            continue
+        try:
+            errors[contender.name] = float(contender.error())
+        except Exception as error:
+            if contender.role != "peer":
+                raise
+            lineup.contenders.remove(contender)
+            lineup.skip(contender.name, first_line(error))
+    return errors
 
 
 def _warm_up(lineup: Lineup, device: torch.device) -> dict[str, float]:
@@ -226,7 +252,7 @@ def _warm_up(lineup: Lineup, device: torch.device) -> dict[str, float]:
             if contender.role != "peer":
                 raise
             lineup.contenders.remove(contender)
-            lineup.skip(contender.name, _first_line(error))
+            lineup.skip(contender.name, first_line(error))
             continue
         estimates[contender.name] = again
     return estimates
@@ -246,6 +272,15 @@ def _targets(lineup: Lineup, row: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _statistics(times: list[float], repeat: int) -> dict[str, Any]:
+    return {
+        "median_s": statistics.median(times) / repeat,
+        "p20_s": quantile(times, 0.2) / repeat,
+        "p80_s": quantile(times, 0.8) / repeat,
+        "seconds": [float(f"{t / repeat:.4g}") for t in times],
+    }
+
+
 def run(
     race: Race,
     *,
@@ -262,12 +297,15 @@ def run(
         raise OutOfTime
     device = torch.device(device)
     row: dict[str, Any] = {"op": race.op, "case": race.case, "device": device.type}
+    if device.type == "cuda":  # what the race before held
+        gc.collect()
+        torch.cuda.empty_cache()
     start = time.perf_counter()
     try:
         lineup = race.setup(device)
     except Unavailable as reason:
         return row | {"skipped_row": str(reason)}
-    errors = {c.name: float(c.error()) for c in lineup.contenders if c.error is not None}
+    errors = _errors(lineup)
     error = errors["ours"]
     row["gate"] = {
         "measure": lineup.measure,
@@ -279,26 +317,31 @@ def run(
     roles = {c.name: c.role for c in lineup.contenders}
     rounds = plan(estimates, roles, quick, lineup.least)
     needed = sum(rounds[name] * estimates[name] for name in rounds)
+    if device.type == "cuda":
+        needed *= 2  # by events, and as wall time
     if time.perf_counter() - start + needed > seconds_left:
         raise OutOfTime
     calls = {c.name: c.call for c in lineup.contenders}
-    times = interleave(calls, rounds, device, lineup.settle)
+    clock = CudaClock() if device.type == "cuda" else None
+    by_events = None if clock is None else clock.device_seconds
+    times = interleave(calls, rounds, device, lineup.settle, by_events)
     medians = {c.name: statistics.median(times[c.name]) / c.repeat for c in lineup.contenders}
     row["contenders"] = [
         {
             "name": c.name,
             "role": c.role,
             "ratio": medians[c.name] / medians["ours"],
-            "median_s": medians[c.name],
-            "p20_s": quantile(times[c.name], 0.2) / c.repeat,
-            "p80_s": quantile(times[c.name], 0.8) / c.repeat,
+            **_statistics(times[c.name], c.repeat),
             "rounds": len(times[c.name]),
             "repeat": c.repeat,
             "error": errors.get(c.name),
-            "seconds": [float(f"{t / c.repeat:.4g}") for t in times[c.name]],
         }
         for c in lineup.contenders
     ]
+    if clock is not None:  # the call as Python sees it; what is above is time of the device alone
+        walls = interleave(calls, rounds, device, lineup.settle, clock.wall_seconds)
+        for contender in row["contenders"]:
+            contender["wall"] = _statistics(walls[contender["name"]], contender["repeat"])
     row["skipped"] = lineup.skipped
     row["note"] = lineup.note
     row["derived"] = None if lineup.derive is None else lineup.derive(medians)

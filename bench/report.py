@@ -80,8 +80,8 @@ def console(result: dict[str, Any]) -> Table:
     """One table of everything."""
     where = result["machine"]
     table = Table(
-        title=f"{where['cpu']}, {where['threads']} threads, torch {result['versions']['torch']}. "
-        "Ratio = theirs / ours: above 1 ours is faster",
+        title=f"{where.get('gpu', where['cpu'])}, {where['threads']} threads, "
+        f"torch {result['versions']['torch']}. Ratio = theirs / ours: above 1 ours is faster",
     )
     for name in ("race", "ours, ms (p20 – p80)", "peers", "ceilings", "gate", "rounds"):
         table.add_column(name, overflow="fold")

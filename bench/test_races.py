@@ -21,8 +21,8 @@ def pytest_generate_tests(metafunc):
 
 
 def test_race(race, benchmark, device, request):
-    if race.cpu_only and device.type != "cpu":
-        pytest.skip("this race is of the CPU")
+    if not race.runs_on(device.type):
+        pytest.skip("this race is of another device")
     quick = request.config.getoption("--benchmark-disable")
     row = run(race, device=device, quick=quick)
     if "skipped_row" in row:
