@@ -34,7 +34,8 @@ class CorrectionConfig:
             >= 0. At 0 a score can only vouch for a label. Above 0 more wrong labels are found where
             the neighbours know little, and more hard but right ones are lost where they know much.
         selection_size: number of samples on which k is chosen, >= 1.
-        stop_share: :attr:`LabelCorrector.converged` once a step changes less than this share.
+        stop_share: :attr:`LabelCorrector.converged` once a step changes less than this share of the
+            labels; the Trainer then makes no more.
         precision: "exact" or "fast", see :func:`als_ext.ops.knn`.
         seed: of the sample on which k is chosen, >= 0.
 
@@ -58,7 +59,7 @@ class CorrectionConfig:
     vote_smoothing: float = 1e-3
     score_limit: float = 0.0
     selection_size: int = 10_000
-    stop_share: float = 1e-2
+    stop_share: float = 5e-3
     precision: str = "exact"
     seed: int = 0
 
