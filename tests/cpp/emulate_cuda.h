@@ -1,20 +1,20 @@
-// Runs torch-free device code (*_kernels.cuh) on the CPU: a thread a CUDA thread, one block after
-// the other, barriers for __syncthreads and warp shuffles. Include before the kernels. Slow; for
-// small grids. Shared memory is a function's static storage, so kernels must write it before they
+// Runs torch-free device code (*_kernels.cuh) on the CPU: a fiber a CUDA thread, one block after
+// the other, barriers for __syncthreads and warp shuffles. Include before the kernels. For small
+// grids. Shared memory is a function's static storage, so kernels must write it before they
 // read it; dynamic shared memory is as large as the launch says, so that AddressSanitizer sees its
 // end, and starts as NaNs.
 #pragma once
-
-#include <pthread.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
+
+#include "emulate_threads.h"
 
 #define __global__ [[maybe_unused]] static
 #define __device__
@@ -31,24 +31,16 @@ struct Dim {
   unsigned x = 0, y = 0;
 };
 
-class Barrier {
- public:
-  explicit Barrier(unsigned count) { pthread_barrier_init(&barrier_, nullptr, count); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  void wait() { pthread_barrier_wait(&barrier_); }
-
- private:
-  pthread_barrier_t barrier_;
-};
-
 struct Warp {
   Barrier barrier{32};
   unsigned char slots[2][32][32];
+  unsigned turn[32] = {};  // of each lane: the set of slots that it uses next
 };
 
 inline Barrier* block = nullptr;
 inline std::vector<std::unique_ptr<Warp>> warps;
 inline unsigned char* dynamic_shared = nullptr;
+inline unsigned long block_number = 0;  // counts the blocks that were run
 
 }  // namespace emulated
 
@@ -84,10 +76,7 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   return value;
 }
 
-inline thread_local emulated::Dim threadIdx, blockIdx;
-namespace emulated {
-inline thread_local unsigned turn = 0;  // of the slots of its warp; a thread lives for one block
-}
+inline emulated::Dim threadIdx, blockIdx;
 inline emulated::Dim gridDim;
 
 using std::max;
@@ -113,6 +102,7 @@ template <typename T>
 Lanes<T> exchange(const T& mine) {
   static_assert(sizeof(T) <= sizeof(Warp::slots[0][0]));
   Warp& warp = *warps[threadIdx.x / 32];
+  unsigned& turn = warp.turn[threadIdx.x % 32];
   auto& slots = warp.slots[turn];
   turn ^= 1;
   std::memcpy(slots[threadIdx.x % 32], &mine, sizeof mine);
@@ -201,15 +191,9 @@ void launch(Dim blocks, unsigned threads, const Kernel& kernel, size_t bytes = 1
       if (posix_memalign(&shared, 1024, bytes) != 0) std::abort();
       const std::unique_ptr<void, void (*)(void*)> owner(shared, std::free);
       dynamic_shared = static_cast<unsigned char*>(std::memset(shared, 0xFF, bytes));
-      std::vector<std::thread> pool;
-      for (unsigned t = 0; t < threads; ++t) {
-        pool.emplace_back([&kernel, x, y, t] {
-          blockIdx = {x, y};
-          threadIdx = {t, 0};
-          kernel();
-        });
-      }
-      for (std::thread& thread : pool) thread.join();
+      ++block_number;
+      blockIdx = {x, y};
+      run_fibers(threads, kernel, [](unsigned t) { threadIdx = {t, 0}; });
     }
   }
 }

@@ -19,8 +19,19 @@ struct Copy {
   void* to;
   const void* from;
 };
-inline thread_local std::vector<Copy> open_copies;                 // not in a group yet
-inline thread_local std::deque<std::vector<Copy>> pending_copies;  // groups, oldest first
+struct Copies {
+  unsigned long block = 0;
+  std::vector<Copy> open;                 // not in a group yet
+  std::deque<std::vector<Copy>> pending;  // groups, oldest first
+};
+
+// Those of the running thread. A thread begins without any.
+inline Copies& copies() {
+  static Copies of_thread[1024];
+  Copies& mine = of_thread[threadIdx.x];
+  if (mine.block != block_number) mine = {block_number, {}, {}};
+  return mine;
+}
 
 inline float bf16_value(uint32_t word, int half) {
   const uint32_t bits = (half ? word >> 16 : word & 0xFFFFu) << 16;
@@ -41,9 +52,10 @@ inline float add_block(float sum, const double (&product)[8]) {
   double largest = std::fabs(sum);
   for (double p : product) largest = std::max(largest, std::fabs(p));
   if (largest == 0.0) return 0.0f;
-  const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
-  double total = std::trunc(sum / unit);
-  for (double p : product) total += std::trunc(p / unit);
+  const int last_bit = std::ilogb(largest) - 23;
+  const double unit = std::ldexp(1.0, last_bit), units = std::ldexp(1.0, -last_bit);
+  double total = std::trunc(sum * units);
+  for (double p : product) total += std::trunc(p * units);
   return toward_zero(total * unit);
 }
 
@@ -53,24 +65,23 @@ namespace als {
 
 inline void copy16(void* shared, const void* global) {
   if (emulated::copies_are_late) {
-    emulated::open_copies.push_back({shared, global});
+    emulated::copies().open.push_back({shared, global});
   } else {
     std::memcpy(shared, global, 16);
   }
 }
 
 inline void commit_copies() {
-  emulated::pending_copies.push_back(std::move(emulated::open_copies));
-  emulated::open_copies.clear();
+  emulated::Copies& copies = emulated::copies();
+  copies.pending.push_back(std::move(copies.open));
+  copies.open.clear();
 }
 
 template <int kPending>
 void wait_copies() {
-  while (emulated::pending_copies.size() > kPending) {
-    for (const emulated::Copy& copy : emulated::pending_copies.front()) {
-      std::memcpy(copy.to, copy.from, 16);
-    }
-    emulated::pending_copies.pop_front();
+  auto& pending = emulated::copies().pending;
+  for (; pending.size() > kPending; pending.pop_front()) {
+    for (const emulated::Copy& copy : pending.front()) std::memcpy(copy.to, copy.from, 16);
   }
 }
 
@@ -87,7 +98,9 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   struct Fragment {
     uint32_t a[4], b[2];
   };
-  const auto warp = emulated::exchange(Fragment{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto lanes = emulated::exchange(Fragment{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  Fragment warp[32];
+  for (unsigned l = 0; l < 32; ++l) warp[l] = lanes[l];
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8;
