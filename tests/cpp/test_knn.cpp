@@ -530,6 +530,23 @@ TEST_P(KnnKernels, ManyQueriesOfWhichSomeAreRescored) {  // two query tiles in a
   EXPECT_LT(outcome.rescored, p.queries);
 }
 
+TEST_P(KnnKernels, TheBoundCoversWhatRoundingTakesFromTheDatabase) {
+  // Row 40 is the best for (1, 1), by 2^-10; in bf16 it is (1, 1) and row 3 beats it by 2^-7. The
+  // query is exact in bf16, and -y stands with every y: the mean is 0.
+  Problem<float> p{2, 128, 2, 1, KnnMetric::kIp, false, {1.0f, 1.0f, -1.0f, -1.0f}, {}};
+  p.database.assign(p.rows * p.dim, 0.0f);
+  const auto put = [&p](int64_t row, float x, float y) {
+    p.database[2 * row] = x, p.database[2 * row + 1] = y;
+    p.database[2 * (row + 64)] = -x, p.database[2 * (row + 64) + 1] = -y;
+  };
+  put(40, 1.0f + 0x3p-10f, 1.0f + 0x3p-10f);
+  put(3, 1.0f + 0x5p-10f, 1.0f);
+  EXPECT_EQ(nearest(p)[0].index, 40);
+  const Outcome outcome = compare(p, {1, 1, kNever});
+  EXPECT_EQ(outcome.wrong, 0);
+  EXPECT_EQ(outcome.rescored, 0);
+}
+
 TEST_P(KnnKernels, OtherTypes) {
   for (auto metric : {KnnMetric::kL2, KnnMetric::kCosine}) {
     EXPECT_EQ(compare(gaussian<double>(3, 200, 20, 4, metric, 1e6)).wrong, 0);
