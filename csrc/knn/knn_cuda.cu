@@ -10,6 +10,9 @@ namespace {
 constexpr int64_t kChunkBytes = int64_t{64} << 20;  // packed database tiles
 constexpr int64_t kSpanBytes = int64_t{128} << 20;  // packed queries and their group maxima
 constexpr int64_t kSumBytes = int64_t{16} << 20;    // column sums of the parts
+constexpr int64_t kMostBlocks = 1024;               // where blocks take their work in turn
+constexpr int64_t kFewestBlocks = 2048;             // of scoring, before runs of tiles get long
+constexpr int64_t kLongestRun = 32;                 // database tiles of a block
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -34,7 +37,6 @@ void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric me
   const KnnRows<T> x{static_cast<const T*>(query.const_data_ptr()), query.size(0), dim, metric};
   const KnnRows<T> y{static_cast<const T*>(database.const_data_ptr()), database.size(0), dim,
                      metric};
-  const KnnError error = exact ? score_error(dim) : KnnError{0.0, 0.0};
 
   // Mean and extent of the database.
   const int64_t most_parts = std::clamp<int64_t>(kSumBytes / (8 * dim), 1, 1024);
@@ -53,23 +55,36 @@ void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric me
   knn_extent<<<grid(extent_blocks), kKnnThreads, 0, stream>>>(y, mean.get(), extent.get());
   ALS_LAUNCH_CHECK();
 
-  // Sizes: `chunk` database tiles are packed at a time, `span` queries served at a time.
-  const int64_t depth = ceil_div(dim, kKnnSlab) * kKnnSlab;
-  const int64_t tile_bytes = kKnnTile * depth * static_cast<int64_t>(sizeof(float));
+  // Sizes: `chunk` database tiles are packed at a time, `span` queries served at a time. What is
+  // for queries that are scored again in float32 has room for all of them.
+  const int64_t depth = ceil_div(dim, kKnnFloatSlab) * kKnnFloatSlab;
+  const int64_t tile_bytes = knn_slabs(dim) * kKnnSlabBytes;
+  const int64_t float_tile = kKnnTile * depth;
   const int64_t tiles = ceil_div(y.rows, kKnnTile);
-  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / tile_bytes, 1, tiles);
+  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / (tile_bytes + 4 * float_tile), 1, tiles);
   const int64_t groups = tiles * kKnnTileGroups;
-  const int64_t query_bytes = 4 * groups + 4 * depth + static_cast<int64_t>(sizeof(KnnQuery));
+  const int64_t query_bytes = 4 * groups + 4 * depth + tile_bytes / kKnnTile +
+                              static_cast<int64_t>(sizeof(KnnQuery) + sizeof(KnnBf16Error) + 4);
   int64_t span = std::clamp<int64_t>(kSpanBytes / query_bytes, 1, x.rows);
   if (span > kKnnTile) span = span / kKnnTile * kKnnTile;
   const int64_t query_tiles = ceil_div(span, kKnnTile);
-  const Workspace<float> packed_query(query, query_tiles * kKnnTile * depth);
+  const Workspace<uint8_t> packed_query(query, query_tiles * tile_bytes);
   const Workspace<KnnQuery> queries(query, span);
+  const Workspace<KnnBf16Error> errors(query, span);
   const Workspace<float> group_max(query, span * groups);
-  const Workspace<float> packed(query, chunk * kKnnTile * depth);
+  const Workspace<uint8_t> packed(query, chunk * tile_bytes);
   const Workspace<float> half_norm(query, chunk * kKnnTile);
   const Workspace<float> group_norm(query, groups);
+  const Workspace<float> group_residual(query, groups);
+  const Workspace<float> float_query(query, query_tiles * float_tile);
+  const Workspace<float> float_packed(query, chunk * float_tile);
+  const Workspace<float> float_half_norm(query, chunk * kKnnTile);
+  const Workspace<int> listed_query(query, span);
+  const Workspace<unsigned> listed_count(query, 1);
+  const KnnListed listed{listed_query.get(), listed_count.get()};
 
+  STD_CUDA_CHECK(cudaFuncSetAttribute(knn_score, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kKnnScoreShared));
   int capacity = 256;
   while (capacity < 2 * k) capacity *= 2;
   constexpr int kEntry = sizeof(int64_t) + sizeof(uint32_t);
@@ -83,38 +98,84 @@ void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric me
   for (int64_t first = 0; first < x.rows; first += span) {
     const int64_t count = std::min(span, x.rows - first);
     const int64_t count_tiles = ceil_div(count, kKnnTile);
+    STD_CUDA_CHECK(cudaMemsetAsync(listed.count, 0, sizeof(unsigned), stream));
     knn_pack_queries<<<grid(count_tiles), kKnnThreads, 0, stream>>>(
-        x, first, count, depth, mean.get(), extent.get(), error, packed_query.get(), queries.get());
+        x, first, count, mean.get(), extent.get(), exact, packed_query.get(), queries.get(),
+        errors.get());
     ALS_LAUNCH_CHECK();
     for (int64_t tile = 0; tile < tiles; tile += chunk) {
       const int64_t here = std::min(chunk, tiles - tile);
+      const int64_t group = tile * kKnnTileGroups;
       if (first == 0 || chunk < tiles) {
-        knn_pack_database<<<grid(here), kKnnThreads, 0, stream>>>(
-            y, tile * kKnnTile, depth, mean.get(), extent.get(), packed.get(), half_norm.get(),
-            group_norm.get() + tile * kKnnTileGroups);
+        const KnnTiles out{packed.get(), half_norm.get(), group_norm.get() + group,
+                           group_residual.get() + group};
+        knn_pack_database<<<grid(here), kKnnThreads, 0, stream>>>(y, tile * kKnnTile, mean.get(),
+                                                                  extent.get(), out);
         ALS_LAUNCH_CHECK();
       }
-      const KnnScoreParams score{packed_query.get(),    packed.get(), half_norm.get(),
-                                 group_max.get(),       count,        groups,
-                                 tile * kKnnTileGroups, depth};
-      knn_score<<<dim3(grid(here), grid(count_tiles)), kKnnThreads, 0, stream>>>(score);
+      const int64_t run = std::clamp<int64_t>(here * count_tiles / kFewestBlocks, 1, kLongestRun);
+      const KnnScoreParams score{packed_query.get(),
+                                 packed.get(),
+                                 half_norm.get(),
+                                 group_max.get(),
+                                 count,
+                                 groups,
+                                 group,
+                                 dim,
+                                 static_cast<int>(here),
+                                 static_cast<int>(run)};
+      const dim3 blocks(grid(count_tiles), grid(ceil_div(here, run)));
+      knn_score<<<blocks, kKnnThreads, kKnnScoreShared, stream>>>(score);
       ALS_LAUNCH_CHECK();
     }
-    const KnnSelectParams<T> select{x,
-                                    y,
-                                    first,
-                                    groups,
-                                    k,
-                                    exclude_self,
-                                    capacity,
-                                    group_max.get(),
-                                    group_norm.get(),
-                                    queries.get(),
-                                    extent.get(),
-                                    metric == KnnMetric::kIp ? 0.0 : error.square,
-                                    std::get<0>(outputs).mutable_data_ptr<float>(),
-                                    std::get<1>(outputs).mutable_data_ptr<int64_t>()};
+    KnnSelectParams<T> select{x,
+                              y,
+                              first,
+                              count,
+                              groups,
+                              k,
+                              exclude_self,
+                              capacity,
+                              group_max.get(),
+                              group_norm.get(),
+                              group_residual.get(),
+                              queries.get(),
+                              errors.get(),
+                              extent.get(),
+                              exact && metric != KnnMetric::kIp ? score_error(dim).square : 0.0,
+                              knn_budget(k, groups),
+                              false,
+                              listed,
+                              std::get<0>(outputs).mutable_data_ptr<float>(),
+                              std::get<1>(outputs).mutable_data_ptr<int64_t>()};
     knn_select<<<grid(count), kKnnThreads, shared, stream>>>(select);
+    ALS_LAUNCH_CHECK();
+
+    // The listed queries again, in float32. Nobody here knows whether there are any.
+    knn_pack_queries_float<<<grid(count_tiles), kKnnThreads, 0, stream>>>(
+        x, first, depth, mean.get(), queries.get(), listed, float_query.get());
+    ALS_LAUNCH_CHECK();
+    for (int64_t tile = 0; tile < tiles; tile += chunk) {
+      const int64_t here = std::min(chunk, tiles - tile);
+      knn_pack_database_float<<<grid(here), kKnnThreads, 0, stream>>>(
+          y, tile * kKnnTile, depth, mean.get(), extent.get(), listed, float_packed.get(),
+          float_half_norm.get());
+      ALS_LAUNCH_CHECK();
+      const KnnRescoreParams rescore{float_query.get(),
+                                     float_packed.get(),
+                                     float_half_norm.get(),
+                                     group_max.get(),
+                                     here,
+                                     groups,
+                                     tile * kKnnTileGroups,
+                                     depth,
+                                     listed};
+      knn_rescore<<<grid(std::min(here * count_tiles, kMostBlocks)), kKnnThreads, 0, stream>>>(
+          rescore);
+      ALS_LAUNCH_CHECK();
+    }
+    select.rescored = true;
+    knn_select<<<grid(std::min(count, kMostBlocks)), kKnnThreads, shared, stream>>>(select);
     ALS_LAUNCH_CHECK();
   }
 }

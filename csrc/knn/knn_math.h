@@ -148,6 +148,17 @@ ALS_HOST_DEVICE KnnBf16Error bf16_error(int64_t chain, double norm, double packe
   return {(1.0 + 1e-6) * (residual + additions * packed), (1.0 + 1e-6) * norm};
 }
 
+// The same for a score from the tensor cores of CUDA, of `features` products. Their sums are not
+// documented. What was found (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021; Khattak
+// and Mikaitis, arXiv 2512.07004, up to B200): products are exact; a sum and the next m >= 4
+// products are aligned to the largest of them, cut off below its 24th bit or a later one, added,
+// and cut to float32. So such a step loses at most (m + 2) 2^-23 of sum_j |q~_j c~_j|, in whatever
+// order: at most 2^-22 a product even with m = 2. Each product counts as two additions of 2^-23.
+ALS_HOST_DEVICE KnnBf16Error tensor_error(int64_t features, double norm, double packed,
+                                          double residual) {
+  return bf16_error(2 * features, norm, packed, residual);
+}
+
 // d = alpha - beta s for one query; `slack` bounds, in units of s, everything that is not relative
 // to |q'||c'|: float64 rounding of d and alpha, and float32 underflow.
 struct KnnRelation {

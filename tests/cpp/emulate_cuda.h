@@ -1,18 +1,20 @@
-// Runs torch-free device code (*_kernels.cuh) on the CPU: a thread a CUDA thread, one block after
-// the other, barriers for __syncthreads and warp shuffles. Include before the kernels. Slow; for
-// small grids. Shared memory is a function's static storage, so kernels must write it before they
-// read it.
+// Runs torch-free device code (*_kernels.cuh) on the CPU: a fiber a CUDA thread, one block after
+// the other, barriers for __syncthreads and warp shuffles. Include before the kernels. For small
+// grids. Shared memory is a function's static storage, so kernels must write it before they
+// read it; dynamic shared memory is as large as the launch says, so that AddressSanitizer sees its
+// end, and starts as NaNs.
 #pragma once
-
-#include <pthread.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
+
+#include "emulate_threads.h"
 
 #define __global__ [[maybe_unused]] static
 #define __device__
@@ -21,8 +23,7 @@
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
-// What a kernel launched with dynamic shared memory gets: 64 KiB.
-#define ALS_DYNAMIC_SHARED(name) alignas(16) static unsigned char name[1 << 16]
+#define ALS_DYNAMIC_SHARED(name) unsigned char* const name = emulated::dynamic_shared
 
 namespace emulated {
 
@@ -30,31 +31,52 @@ struct Dim {
   unsigned x = 0, y = 0;
 };
 
-class Barrier {
- public:
-  explicit Barrier(unsigned count) { pthread_barrier_init(&barrier_, nullptr, count); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  void wait() { pthread_barrier_wait(&barrier_); }
-
- private:
-  pthread_barrier_t barrier_;
-};
-
 struct Warp {
   Barrier barrier{32};
-  double slots[32];
+  unsigned char slots[2][32][32];
+  unsigned turn[32] = {};  // of each lane: the set of slots that it uses next
 };
 
 inline Barrier* block = nullptr;
 inline std::vector<std::unique_ptr<Warp>> warps;
+inline unsigned char* dynamic_shared = nullptr;
+inline unsigned long block_number = 0;  // counts the blocks that were run
 
 }  // namespace emulated
 
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
-inline thread_local emulated::Dim threadIdx, blockIdx;
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline float __half2float(__half x) {
+  const float sign = x.bits & 0x8000u ? -1.0f : 1.0f;
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(1024.0f + fraction, exponent - 25)
+                          : std::ldexp(static_cast<float>(fraction), -24));
+}
+
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline emulated::Dim threadIdx, blockIdx;
 inline emulated::Dim gridDim;
 
 using std::max;
@@ -63,26 +85,41 @@ using std::min;
 inline void __syncthreads() { emulated::block->wait(); }
 
 namespace emulated {
+
 template <typename T>
-T shuffle(T value, unsigned from) {
+struct Lanes {
+  const unsigned char (*slots)[32];
+  T operator[](unsigned lane) const {
+    T value;
+    std::memcpy(&value, slots[lane], sizeof value);
+    return value;
+  }
+};
+
+// What the lanes of a warp bring to one collective instruction. Two sets of slots, in turn: whoever
+// writes a set again has met all lanes at the barrier in between, and they had read it by then.
+template <typename T>
+Lanes<T> exchange(const T& mine) {
+  static_assert(sizeof(T) <= sizeof(Warp::slots[0][0]));
   Warp& warp = *warps[threadIdx.x / 32];
-  std::memcpy(&warp.slots[threadIdx.x % 32], &value, sizeof value);
+  unsigned& turn = warp.turn[threadIdx.x % 32];
+  auto& slots = warp.slots[turn];
+  turn ^= 1;
+  std::memcpy(slots[threadIdx.x % 32], &mine, sizeof mine);
   warp.barrier.wait();
-  T other;
-  std::memcpy(&other, &warp.slots[from], sizeof other);
-  warp.barrier.wait();
-  return other;
+  return {slots};
 }
+
 }  // namespace emulated
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return emulated::shuffle(value, threadIdx.x % 32 ^ mask);
+  return emulated::exchange(value)[threadIdx.x % 32 ^ mask];
 }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return emulated::shuffle(value, lane);
+  return emulated::exchange(value)[lane];
 }
 
 inline void atomicMin(unsigned long long* address, unsigned long long value) {
@@ -93,12 +130,9 @@ inline void atomicMin(unsigned long long* address, unsigned long long value) {
 }
 
 inline unsigned __ballot_sync(unsigned, bool predicate) {
-  emulated::Warp& warp = *emulated::warps[threadIdx.x / 32];
-  warp.slots[threadIdx.x % 32] = predicate;
-  warp.barrier.wait();
+  const auto predicates = emulated::exchange(predicate);
   unsigned ballot = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) ballot |= unsigned{warp.slots[lane] != 0} << lane;
-  warp.barrier.wait();
+  for (unsigned lane = 0; lane < 32; ++lane) ballot |= unsigned{predicates[lane]} << lane;
   return ballot;
 }
 
@@ -143,9 +177,9 @@ inline float __double2float_ru(double x) { return -__double2float_rd(-x); }
 
 namespace emulated {
 
-// kernel<<<blocks, threads>>>(...) as launch(blocks, threads, [&] { kernel(...); });
+// kernel<<<blocks, threads, bytes>>>(...) as launch(blocks, threads, [&] { kernel(...); }, bytes).
 template <typename Kernel>
-void launch(Dim blocks, unsigned threads, const Kernel& kernel) {
+void launch(Dim blocks, unsigned threads, const Kernel& kernel, size_t bytes = 1 << 16) {
   gridDim = blocks;
   for (unsigned y = 0; y < std::max(blocks.y, 1u); ++y) {
     for (unsigned x = 0; x < blocks.x; ++x) {
@@ -153,22 +187,20 @@ void launch(Dim blocks, unsigned threads, const Kernel& kernel) {
       block = &barrier;
       warps.clear();
       for (unsigned w = 0; w < threads / 32; ++w) warps.push_back(std::make_unique<Warp>());
-      std::vector<std::thread> pool;
-      for (unsigned t = 0; t < threads; ++t) {
-        pool.emplace_back([&kernel, x, y, t] {
-          blockIdx = {x, y};
-          threadIdx = {t, 0};
-          kernel();
-        });
-      }
-      for (std::thread& thread : pool) thread.join();
+      void* shared = nullptr;  // the size may be no multiple of the alignment
+      if (posix_memalign(&shared, 1024, bytes) != 0) std::abort();
+      const std::unique_ptr<void, void (*)(void*)> owner(shared, std::free);
+      dynamic_shared = static_cast<unsigned char*>(std::memset(shared, 0xFF, bytes));
+      ++block_number;
+      blockIdx = {x, y};
+      run_fibers(threads, kernel, [](unsigned t) { threadIdx = {t, 0}; });
     }
   }
 }
 
 template <typename Kernel>
-void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
-  launch(Dim{blocks, 1}, threads, kernel);
+void launch(unsigned blocks, unsigned threads, const Kernel& kernel, size_t bytes = 1 << 16) {
+  launch(Dim{blocks, 1}, threads, kernel, bytes);
 }
 
 }  // namespace emulated

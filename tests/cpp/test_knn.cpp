@@ -4,9 +4,11 @@
 #include <limits>
 #include <random>
 
+// clang-format off: the emulation comes before the kernels
 #include "emulate_cuda.h"
-// After the emulation:
+#include "emulate_mma.h"
 #include "knn/knn_kernels.cuh"
+// clang-format on
 
 namespace {
 
@@ -120,103 +122,224 @@ TEST(MakeQuery, IsNotUsableWhereNoScoreExists) {
 
 // ---- the device code on the CPU ----
 
+template <typename T>
 struct Problem {
   int64_t queries, rows, dim, k;
   KnnMetric metric;
   bool exclude_self;
-  std::vector<float> query, database;
+  std::vector<T> query, database;
 };
 
-unsigned blocks(int64_t n, int64_t size) { return static_cast<unsigned>((n + size - 1) / size); }
+// How the host would launch it.
+struct Plan {
+  int64_t chunk = 2;    // database tiles packed at a time
+  int run = 2;          // database tiles of a scoring block
+  int64_t budget = -1;  // -1: knn_budget
+  bool exact = true;
+};
 
-// The launches of knn_cuda.cu: `chunk` database tiles are packed at a time, and the queries are
-// served in two spans.
-std::vector<Neighbour> search(const Problem& p, KnnError error, int64_t chunk) {
+constexpr int64_t kNever = 1 << 30;  // a budget: bf16 scores serve every query
+
+struct Found {
+  std::vector<Neighbour> neighbours;
+  int64_t rescored;  // queries
+};
+
+int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+unsigned blocks(int64_t n, int64_t size) { return static_cast<unsigned>(ceil_div(n, size)); }
+
+// As aligned as device memory. Starts as NaNs: what is read must have been written.
+template <typename V>
+class Memory {
+ public:
+  explicit Memory(int64_t size) : pieces_((size * sizeof(V) + 127) / 128) {
+    std::memset(static_cast<void*>(pieces_.data()), 0xFF, pieces_.size() * sizeof(Piece));
+  }
+  V* get() { return reinterpret_cast<V*>(pieces_.data()); }
+
+ private:
+  struct alignas(128) Piece {
+    unsigned char bytes[128];
+  };
+  std::vector<Piece> pieces_;
+};
+
+// Mean and extent of the database.
+template <typename T>
+struct Frame {
+  explicit Frame(const als::KnnRows<T>& y) : mean(y.dim) {
+    using namespace als;
+    const int64_t part = (y.rows + 1) / 2, parts = blocks(y.rows, part);
+    std::vector<double> sums(parts * y.dim);
+    emulated::launch(parts, kKnnThreads, [&] { knn_column_sums(y, part, sums.data(), &extent); });
+    emulated::launch(blocks(y.dim, kKnnThreads), kKnnThreads,
+                     [&] { knn_mean(sums.data(), parts, y.dim, &extent, mean.data()); });
+    emulated::launch(2, kKnnThreads, [&] { knn_extent(y, mean.data(), &extent); });
+  }
+  std::vector<double> mean;
+  als::KnnExtent extent{};
+};
+
+// bf16 tiles and group maxima of `span` queries against all rows, packed `chunk` tiles at a time.
+template <typename T>
+struct Scores {
+  Scores(const als::KnnRows<T>& database, int64_t span, int64_t chunk)
+      : y(database),
+        tiles(blocks(y.rows, als::kKnnTile)),
+        groups(tiles * als::kKnnTileGroups),
+        tile_bytes(als::knn_slabs(y.dim) * als::kKnnSlabBytes),
+        packed_query(ceil_div(span, als::kKnnTile) * tile_bytes),
+        packed(chunk * tile_bytes),
+        half_norm(chunk * als::kKnnTile),
+        group_max(span * groups),
+        group_norm(groups),
+        group_residual(groups),
+        queries(span),
+        errors(span) {}
+
+  void run(const als::KnnRows<T>& x, int64_t first, int64_t count, Frame<T>& frame,
+           const Plan& plan) {
+    using namespace als;
+    emulated::launch(blocks(count, kKnnTile), kKnnThreads, [&] {
+      knn_pack_queries(x, first, count, frame.mean.data(), &frame.extent, plan.exact,
+                       packed_query.get(), queries.get(), errors.get());
+    });
+    for (int64_t tile = 0; tile < tiles; tile += plan.chunk) {
+      const int64_t here = std::min<int64_t>(plan.chunk, tiles - tile);
+      const int64_t group = tile * kKnnTileGroups;
+      const KnnTiles out{packed.get(), half_norm.get(), group_norm.get() + group,
+                         group_residual.get() + group};
+      emulated::launch(static_cast<unsigned>(here), kKnnThreads, [&] {
+        knn_pack_database(y, tile * kKnnTile, frame.mean.data(), &frame.extent, out);
+      });
+      const KnnScoreParams score{packed_query.get(),
+                                 packed.get(),
+                                 half_norm.get(),
+                                 group_max.get(),
+                                 count,
+                                 groups,
+                                 group,
+                                 y.dim,
+                                 static_cast<int>(here),
+                                 plan.run};
+      emulated::launch(
+          {blocks(count, kKnnTile), blocks(here, plan.run)}, kKnnThreads, [&] { knn_score(score); },
+          kKnnScoreShared);
+    }
+  }
+
+  als::KnnRows<T> y;
+  int64_t tiles, groups, tile_bytes;
+  Memory<unsigned char> packed_query, packed;
+  Memory<float> half_norm, group_max, group_norm, group_residual;
+  Memory<KnnQuery> queries;
+  Memory<als::KnnBf16Error> errors;
+};
+
+// The launches of knn_cuda.cu; the queries are served in two spans.
+template <typename T>
+Found search(const Problem<T>& p, const Plan& plan) {
   using namespace als;
-  const KnnRows<float> x{p.query.data(), p.queries, p.dim, p.metric};
-  const KnnRows<float> y{p.database.data(), p.rows, p.dim, p.metric};
-  const int64_t part = (p.rows + 1) / 2, parts = blocks(p.rows, part);
-  std::vector<double> sums(parts * p.dim), mean(p.dim);
-  KnnExtent extent{};
-  emulated::launch(parts, kKnnThreads, [&] { knn_column_sums(y, part, sums.data(), &extent); });
-  emulated::launch(blocks(p.dim, kKnnThreads), kKnnThreads,
-                   [&] { knn_mean(sums.data(), parts, p.dim, &extent, mean.data()); });
-  emulated::launch(2, kKnnThreads, [&] { knn_extent(y, mean.data(), &extent); });
-  const int64_t depth = blocks(p.dim, kKnnSlab) * int64_t{kKnnSlab};
+  const KnnRows<T> x{p.query.data(), p.queries, p.dim, p.metric};
+  const KnnRows<T> y{p.database.data(), p.rows, p.dim, p.metric};
+  Frame<T> frame(y);
   const int64_t span = (p.queries + 1) / 2;
-  const unsigned tiles = blocks(p.rows, kKnnTile), query_tiles = blocks(span, kKnnTile);
-  const int64_t groups = tiles * int64_t{kKnnTileGroups};
-  // float4 is read from these: as aligned as device memory.
-  std::vector<float4> packed_query(query_tiles * kKnnTile * depth / 4);
-  std::vector<float4> packed(chunk * kKnnTile * depth / 4), half_norm(chunk * kKnnTile / 4);
-  const auto floats = [](std::vector<float4>& v) { return reinterpret_cast<float*>(v.data()); };
-  std::vector<float> group_max(span * groups), group_norm(groups);
-  std::vector<KnnQuery> queries(span);
+  Scores<T> scores(y, span, plan.chunk);
+  const int64_t depth = blocks(p.dim, kKnnFloatSlab) * int64_t{kKnnFloatSlab};
+  Memory<float> float_query(ceil_div(span, kKnnTile) * kKnnTile * depth);
+  Memory<float> float_packed(plan.chunk * kKnnTile * depth);
+  Memory<float> float_half_norm(plan.chunk * kKnnTile);
+  Memory<int> listed_query(span);
+  unsigned listed_count;
+  const KnnListed listed{listed_query.get(), &listed_count};
   int capacity = 64;  // smaller than in knn_cuda.cu: the list is cut more often
   while (capacity < 2 * p.k) capacity *= 2;
+  const int shared = capacity * 12;
   std::vector<float> distance(p.queries * p.k);
   std::vector<int64_t> index(p.queries * p.k);
+  Found found{{}, 0};
   for (int64_t first = 0; first < p.queries; first += span) {
     const int64_t count = std::min(span, p.queries - first);
+    listed_count = 0;
+    scores.run(x, first, count, frame, plan);
+    const bool square = plan.exact && p.metric != KnnMetric::kIp;
+    KnnSelectParams<T> select{x,
+                              y,
+                              first,
+                              count,
+                              scores.groups,
+                              p.k,
+                              p.exclude_self,
+                              capacity,
+                              scores.group_max.get(),
+                              scores.group_norm.get(),
+                              scores.group_residual.get(),
+                              scores.queries.get(),
+                              scores.errors.get(),
+                              &frame.extent,
+                              square ? score_error(p.dim).square : 0.0,
+                              plan.budget < 0 ? knn_budget(p.k, scores.groups) : plan.budget,
+                              false,
+                              listed,
+                              distance.data(),
+                              index.data()};
+    emulated::launch(
+        static_cast<unsigned>(count), kKnnThreads, [&] { knn_select(select); }, shared);
+    found.rescored += listed_count;
+
     emulated::launch(blocks(count, kKnnTile), kKnnThreads, [&] {
-      knn_pack_queries(x, first, count, depth, mean.data(), &extent, error, floats(packed_query),
-                       queries.data());
+      knn_pack_queries_float(x, first, depth, frame.mean.data(), scores.queries.get(), listed,
+                             float_query.get());
     });
-    for (int64_t tile = 0; tile < tiles; tile += chunk) {
-      const auto here = static_cast<unsigned>(std::min<int64_t>(chunk, tiles - tile));
-      if (first == 0 || chunk < tiles) {
-        emulated::launch(here, kKnnThreads, [&] {
-          knn_pack_database(y, tile * kKnnTile, depth, mean.data(), &extent, floats(packed),
-                            floats(half_norm), group_norm.data() + tile * kKnnTileGroups);
-        });
-      }
-      const KnnScoreParams score{floats(packed_query),  floats(packed), floats(half_norm),
-                                 group_max.data(),      count,          groups,
-                                 tile * kKnnTileGroups, depth};
-      emulated::launch({here, blocks(count, kKnnTile)}, kKnnThreads, [&] { knn_score(score); });
+    for (int64_t tile = 0; tile < scores.tiles; tile += plan.chunk) {
+      const int64_t here = std::min<int64_t>(plan.chunk, scores.tiles - tile);
+      emulated::launch(static_cast<unsigned>(here), kKnnThreads, [&] {
+        knn_pack_database_float(y, tile * kKnnTile, depth, frame.mean.data(), &frame.extent, listed,
+                                float_packed.get(), float_half_norm.get());
+      });
+      const KnnRescoreParams rescore{float_query.get(),
+                                     float_packed.get(),
+                                     float_half_norm.get(),
+                                     scores.group_max.get(),
+                                     here,
+                                     scores.groups,
+                                     tile * kKnnTileGroups,
+                                     depth,
+                                     listed};
+      emulated::launch(2, kKnnThreads, [&] { knn_rescore(rescore); });
     }
-    const KnnSelectParams<float> select{x,
-                                        y,
-                                        first,
-                                        groups,
-                                        p.k,
-                                        p.exclude_self,
-                                        capacity,
-                                        group_max.data(),
-                                        group_norm.data(),
-                                        queries.data(),
-                                        &extent,
-                                        p.metric == KnnMetric::kIp ? 0.0 : error.square,
-                                        distance.data(),
-                                        index.data()};
-    emulated::launch(static_cast<unsigned>(count), kKnnThreads, [&] { knn_select(select); });
+    select.rescored = true;
+    emulated::launch(2, kKnnThreads, [&] { knn_select(select); }, shared);
   }
-  std::vector<Neighbour> result;
   for (size_t i = 0; i < index.size(); ++i) {
-    result.push_back({als::distance_key(distance[i]), index[i]});
+    found.neighbours.push_back({als::distance_key(distance[i]), index[i]});
   }
-  return result;
+  return found;
 }
 
 // The definition.
-std::vector<Neighbour> nearest(const Problem& p) {
+template <typename T>
+std::vector<Neighbour> nearest(const Problem<T>& p) {
+  const als::KnnRows<T> x{p.query.data(), p.queries, p.dim, p.metric};
+  const als::KnnRows<T> y{p.database.data(), p.rows, p.dim, p.metric};
+  const bool cosine = p.metric == KnnMetric::kCosine;
+  const auto factor = [&](const als::KnnRows<T>& rows, int64_t row) {
+    if (!cosine) return 1.0;
+    return als::inverse_norm(
+        lane_sum(p.dim, [&](int64_t j) { return rows.at(row, j) * rows.at(row, j); }));
+  };
   std::vector<Neighbour> result;
   for (int64_t q = 0; q < p.queries; ++q) {
-    const float* x = p.query.data() + q * p.dim;
-    const auto norm = [&p](const float* v) {
-      return als::inverse_norm(
-          lane_sum(p.dim, [&](int64_t j) { return static_cast<double>(v[j]) * v[j]; }));
-    };
     std::vector<Neighbour> all;
+    const double a = factor(x, q);
     for (int64_t row = 0; row < p.rows; ++row) {
       if (p.exclude_self && row == q) continue;
-      const float* y = p.database.data() + row * p.dim;
-      const bool cosine = p.metric == KnnMetric::kCosine;
-      const double a = cosine ? norm(x) : 1.0, b = cosine ? norm(y) : 1.0;
+      const double b = factor(y, row);
       float d = als::finish_distance(p.metric, lane_sum(p.dim, [&](int64_t j) {
                                        return p.metric == KnnMetric::kIp
-                                                  ? static_cast<double>(x[j]) * y[j]
-                                                  : als::squared_difference(x[j] * a, y[j], b);
+                                                  ? x.at(q, j) * y.at(row, j)
+                                                  : als::squared_difference(x.at(q, j) * a,
+                                                                            y.at(row, j), b);
                                      }));
       if ((a == 0.0 || b == 0.0) && a == a && b == b) d = 1.0f;
       all.push_back({als::distance_key(d), row});
@@ -227,75 +350,255 @@ std::vector<Neighbour> nearest(const Problem& p) {
   return result;
 }
 
-int64_t differences(const Problem& p, KnnError error, int64_t chunk) {
-  const auto got = search(p, error, chunk), want = nearest(p);
+struct Outcome {
+  int64_t wrong, rescored;
+};
+
+template <typename T>
+Outcome compare(const Problem<T>& p, const Plan& plan = {}) {
+  const Found found = search(p, plan);
+  const auto want = nearest(p);
   int64_t wrong = 0;
   for (size_t i = 0; i < want.size(); ++i) {
-    wrong += got[i].key != want[i].key || got[i].index != want[i].index;
+    const Neighbour& got = found.neighbours[i];
+    wrong += got.key != want[i].key || got.index != want[i].index;
   }
-  return wrong;
+  return {wrong, found.rescored};
 }
 
-Problem gaussian(int64_t queries, int64_t rows, int64_t dim, int64_t k, KnnMetric metric,
-                 float shift = 0.0f) {
-  Problem p{queries, rows, dim, k, metric, false, {}, {}};
+template <typename T>
+T convert(double x);
+template <>
+float convert(double x) {
+  return static_cast<float>(x);
+}
+template <>
+double convert(double x) {
+  return x;
+}
+template <>
+__nv_bfloat16 convert(double x) {
+  const float rounded = als::round_to_bf16(static_cast<float>(x));
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+template <>
+__half convert(double x) {  // truncates; 0 below the normal range
+  if (std::fabs(x) < 6.2e-5) return {0};
+  const int exponent = std::ilogb(x);
+  const auto fraction = static_cast<int>(std::ldexp(std::fabs(x), 10 - exponent)) - 1024;
+  return {static_cast<uint16_t>((x < 0.0) << 15 | (exponent + 15) << 10 | fraction)};
+}
+
+template <typename T = float>
+Problem<T> gaussian(int64_t queries, int64_t rows, int64_t dim, int64_t k, KnnMetric metric,
+                    double shift = 0.0) {
+  Problem<T> p{queries, rows, dim, k, metric, false, {}, {}};
   std::mt19937 random(2);
-  std::normal_distribution<float> normal;
-  for (int64_t i = 0; i < queries * dim; ++i) p.query.push_back(normal(random) + shift);
-  for (int64_t i = 0; i < rows * dim; ++i) p.database.push_back(normal(random) + shift);
+  std::normal_distribution<double> normal;
+  for (int64_t i = 0; i < queries * dim; ++i) p.query.push_back(convert<T>(normal(random) + shift));
+  for (int64_t i = 0; i < rows * dim; ++i) p.database.push_back(convert<T>(normal(random) + shift));
   return p;
 }
 
-TEST(KnnKernels, ScoresChooseTheRowsToMeasure) {  // 24 groups for k = 5
-  for (auto metric : {KnnMetric::kL2, KnnMetric::kCosine, KnnMetric::kIp}) {
-    Problem p = gaussian(2, 300, 19, 5, metric, 1e3f);
+constexpr KnnMetric kMetrics[] = {KnnMetric::kL2, KnnMetric::kCosine, KnnMetric::kIp};
+
+// ---- scores ----
+
+TEST(Position, IsAPermutationOfATile) {
+  std::vector<int> seen(als::kKnnTile);
+  for (int row = 0; row < als::kKnnTile; ++row) ++seen.at(als::knn_position(row));
+  EXPECT_EQ(seen, std::vector<int>(als::kKnnTile, 1));
+}
+
+// The largest true score of each group, the stored one, and the error that is granted.
+TEST(KnnScore, GroupMaximaAreWithinTheBound) {
+  double worst = 0.0;
+  for (auto [dim, metric] : {std::pair{5, KnnMetric::kL2},
+                             {70, KnnMetric::kIp},
+                             {128, KnnMetric::kCosine},
+                             {161, KnnMetric::kL2}}) {
+    const Problem<float> p = gaussian(131, 300, dim, 1, metric);  // the last query tile: 3 rows
+    const als::KnnRows<float> x{p.query.data(), p.queries, p.dim, p.metric};
+    const als::KnnRows<float> y{p.database.data(), p.rows, p.dim, p.metric};
+    Frame<float> frame(y);
+    Scores<float> scores(y, p.queries, 3);
+    scores.run(x, 0, p.queries, frame, {3, 2});
+    for (int64_t q = 0; q < p.queries; ++q) {
+      const KnnQuery& query = scores.queries.get()[q];
+      const als::KnnBf16Error error = scores.errors.get()[q];
+      std::vector<double> largest(scores.groups, -INFINITY);
+      for (int64_t row = 0; row < p.rows; ++row) {
+        double distance = 0.0, xx = 0.0, yy = 0.0, xy = 0.0;
+        for (int64_t j = 0; j < dim; ++j) {
+          distance += als::squared_difference(x.at(q, j), y.at(row, j), 1.0);
+          xx += x.at(q, j) * x.at(q, j);
+          yy += y.at(row, j) * y.at(row, j);
+          xy += x.at(q, j) * y.at(row, j);
+        }
+        if (metric == KnnMetric::kIp) distance = -xy;
+        if (metric == KnnMetric::kCosine) distance = 1.0 - xy / std::sqrt(xx * yy);
+        const double score = (query.relation.alpha - distance) / query.relation.beta;
+        double& group = largest[row / als::kKnnGroup];
+        group = std::max(group, score);
+      }
+      for (int64_t g = 0; g < scores.groups; ++g) {
+        const double stored = scores.group_max.get()[q * scores.groups + g];
+        if (g * als::kKnnGroup >= p.rows) {  // no row
+          ASSERT_EQ(stored, -INFINITY);
+          continue;
+        }
+        const double norm = scores.group_norm.get()[g];
+        double bound = error.radius * norm + error.spread * scores.group_residual.get()[g];
+        if (metric != KnnMetric::kIp) bound += als::score_error(dim).square * 0.5 * norm * norm;
+        ASSERT_LE(std::fabs(stored - largest[g]), bound) << dim << ' ' << q << ' ' << g;
+        worst = std::max(worst, std::fabs(stored - largest[g]) / bound);
+      }
+    }
+  }
+  EXPECT_GE(worst, 0.2);  // a bound far from what happens would measure far too much
+}
+
+TEST(TensorError, BoundsTheSumsOfTheInstruction) {
+  // All of one sign, so that what is cut off adds up; exact in bf16, so that nothing else is lost.
+  std::mt19937 random(3);
+  std::uniform_int_distribution<int> integer(129, 255);
+  double worst = 0.0;
+  for (int64_t dim : {8, 1024, 1 << 16}) {
+    float score = 0.0f;
+    double exact = 0.0, qq = 0.0, cc = 0.0;
+    for (int64_t j = 0; j < dim; j += 8) {
+      double product[8];
+      for (double& value : product) {
+        const double q = integer(random), c = integer(random);
+        value = q * c;
+        exact += value;
+        qq += q * q;
+        cc += c * c;
+      }
+      score = emulated::add_block(score, product);
+    }
+    const double bound =
+        als::tensor_error(dim, std::sqrt(qq), std::sqrt(qq), 0.0).radius * std::sqrt(cc);
+    ASSERT_LE(std::fabs(score - exact), bound) << dim;
+    worst = std::max(worst, std::fabs(score - exact) / bound);
+  }
+  EXPECT_GE(worst, 0.05);
+}
+
+// ---- results ----
+
+class KnnKernels : public testing::TestWithParam<bool> {
+ protected:
+  void SetUp() override { emulated::copies_are_late = GetParam(); }
+};
+INSTANTIATE_TEST_SUITE_P(Copies, KnnKernels, testing::Bool(),
+                         [](const auto& late) { return late.param ? "Late" : "Early"; });
+
+TEST_P(KnnKernels, EveryWidthAndMetric) {
+  int turn = 0;
+  for (int64_t dim : {1, 2, 3, 7, 16, 17, 127, 128, 129, 768}) {
+    const KnnMetric metric = kMetrics[turn % 3];
+    Problem<float> p = gaussian(3, 290 + turn, dim, 5, metric, turn % 2 ? 1e3 : 0.0);
+    p.exclude_self = turn % 2 == 1;
     std::copy_n(p.database.begin(), 4 * p.dim, p.database.begin() + 200 * p.dim);  // ties
     std::fill_n(p.database.begin() + 7 * p.dim, p.dim, 0.0f);
-    EXPECT_EQ(differences(p, als::score_error(p.dim), 2), 0);
+    const Outcome bf16 = compare(p, {3, 1 + turn % 3, kNever});
+    EXPECT_EQ(bf16.wrong, 0) << dim;
+    EXPECT_EQ(bf16.rescored, 0) << dim;
+    const Outcome rescored = compare(p, {2, 2, 0});
+    EXPECT_EQ(rescored.wrong, 0) << dim;
+    EXPECT_EQ(rescored.rescored, p.queries) << dim;
+    ++turn;
   }
 }
 
-TEST(KnnKernels, FewerGroupsThanNeighboursMeansEveryRow) {
-  const Problem p = gaussian(2, 130, 3, 100, KnnMetric::kL2);
-  EXPECT_EQ(differences(p, als::score_error(p.dim), 2), 0);
+TEST_P(KnnKernels, ManyQueriesOfWhichSomeAreRescored) {  // two query tiles in a span
+  Problem<float> p = gaussian(260, 300, 12, 3, KnnMetric::kL2);
+  // Rows 100 to 299 are clusters far away and too tight for bf16. Every third query is in one.
+  for (int64_t i = 100 * p.dim; i < 300 * p.dim; ++i) {
+    p.database[i] = static_cast<float>(i / p.dim % 2 ? 50.0 : -50.0) + 1e-3f * p.database[i];
+  }
+  for (int64_t q = 0; q < p.queries; q += 3) {
+    std::copy_n(p.database.begin() + (100 + q % 150) * p.dim, p.dim, p.query.begin() + q * p.dim);
+  }
+  for (int64_t j = 0; j < p.dim; ++j) p.database[j] = 40.0f;  // keeps the frame off the clusters
+  const Outcome outcome = compare(p, {3, 2, 8});
+  EXPECT_EQ(outcome.wrong, 0);
+  EXPECT_GT(outcome.rescored, 0);
+  EXPECT_LT(outcome.rescored, p.queries);
 }
 
-TEST(KnnKernels, QueriesWithoutScoresMeasureEveryRow) {
-  Problem p = gaussian(3, 140, 5, 4, KnnMetric::kCosine);
+TEST_P(KnnKernels, TheBoundCoversWhatRoundingTakesFromTheDatabase) {
+  // Row 40 is the best for (1, 1), by 2^-10; in bf16 it is (1, 1) and row 3 beats it by 2^-7. The
+  // query is exact in bf16, and -y stands with every y: the mean is 0.
+  Problem<float> p{2, 128, 2, 1, KnnMetric::kIp, false, {1.0f, 1.0f, -1.0f, -1.0f}, {}};
+  p.database.assign(p.rows * p.dim, 0.0f);
+  const auto put = [&p](int64_t row, float x, float y) {
+    p.database[2 * row] = x, p.database[2 * row + 1] = y;
+    p.database[2 * (row + 64)] = -x, p.database[2 * (row + 64) + 1] = -y;
+  };
+  put(40, 1.0f + 0x3p-10f, 1.0f + 0x3p-10f);
+  put(3, 1.0f + 0x5p-10f, 1.0f);
+  EXPECT_EQ(nearest(p)[0].index, 40);
+  const Outcome outcome = compare(p, {1, 1, kNever});
+  EXPECT_EQ(outcome.wrong, 0);
+  EXPECT_EQ(outcome.rescored, 0);
+}
+
+TEST_P(KnnKernels, OtherTypes) {
+  for (auto metric : {KnnMetric::kL2, KnnMetric::kCosine}) {
+    EXPECT_EQ(compare(gaussian<double>(3, 200, 20, 4, metric, 1e6)).wrong, 0);
+    EXPECT_EQ(compare(gaussian<__half>(3, 200, 20, 4, metric)).wrong, 0);
+    EXPECT_EQ(compare(gaussian<__nv_bfloat16>(3, 200, 20, 4, metric, 8.0)).wrong, 0);  // ties
+  }
+}
+
+TEST_P(KnnKernels, FewerGroupsThanNeighboursMeansEveryRow) {
+  EXPECT_EQ(compare(gaussian(2, 130, 3, 100, KnnMetric::kL2)).wrong, 0);
+}
+
+TEST_P(KnnKernels, QueriesWithoutScoresMeasureEveryRow) {
+  Problem<float> p = gaussian(3, 140, 5, 4, KnnMetric::kCosine);
   std::fill_n(p.query.begin(), p.dim, 0.0f);
   p.query[p.dim] = kNan;
   for (int64_t row = 3; row < 140; row += 2) p.database[row * p.dim] = row % 3 ? kNan : kInf;
-  EXPECT_EQ(differences(p, als::score_error(p.dim), 2), 0);
+  EXPECT_EQ(compare(p, {2, 2, 0}).wrong, 0);
 }
 
-TEST(KnnKernels, RowsThatAreNotFiniteComeWhenTheOthersAreUsedUp) {  // 24 groups, 4 finite rows
-  Problem p = gaussian(2, 300, 3, 10, KnnMetric::kL2);
+TEST_P(KnnKernels, RowsThatAreNotFiniteComeWhenTheOthersAreUsedUp) {  // 24 groups, 4 finite rows
+  Problem<float> p = gaussian(2, 300, 3, 10, KnnMetric::kL2);
   for (int64_t row = 0; row < 300; ++row) {
     if (row % 80 != 5) p.database[row * p.dim + row % 3] = row % 2 ? kNan : kInf;
   }
-  EXPECT_EQ(differences(p, als::score_error(p.dim), 3), 0);
+  EXPECT_EQ(compare(p, {3, 3, kNever}).wrong, 0);
+  EXPECT_EQ(compare(p, {3, 3, 0}).wrong, 0);
 }
 
-TEST(KnnKernels, AllRowsEqualGoByIndexAndWithoutSelf) {
-  Problem p{3, 300, 4, 5, KnnMetric::kL2, false, std::vector<float>(12, 2.5f), {}};
+TEST_P(KnnKernels, AllRowsEqualGoByIndexAndWithoutSelf) {
+  Problem<float> p{3, 300, 4, 5, KnnMetric::kL2, false, std::vector<float>(12, 2.5f), {}};
   p.database.assign(300 * 4, 2.5f);
-  EXPECT_EQ(differences(p, als::score_error(p.dim), 3), 0);
+  EXPECT_EQ(compare(p, {3, 2}).wrong, 0);
   p.queries = p.rows = 40;
   p.query.assign(160, 2.5f);
   p.database = p.query;
   p.exclude_self = true;
   p.k = 2;
-  EXPECT_EQ(differences(p, als::score_error(p.dim), 1), 0);
+  EXPECT_EQ(compare(p, {1, 1}).wrong, 0);
 }
 
-TEST(KnnKernels, WithoutTheBoundTightClustersComeOutWrong) {  // so the tests above can fail
-  Problem p = gaussian(4, 300, 10, 5, KnnMetric::kL2);
+TEST_P(KnnKernels, WithoutTheBoundTightClustersComeOutWrong) {  // so the tests above can fail
+  Problem<float> p = gaussian(4, 300, 10, 5, KnnMetric::kL2);
   for (int64_t i = 0; i < 300 * 10; ++i) {
     p.database[i] = static_cast<float>(i / 10 % 2) * 100.0f + 1e-4f * p.database[i];
   }
   std::copy_n(p.database.begin(), 40, p.query.begin());
-  EXPECT_EQ(differences(p, als::score_error(p.dim), 3), 0);
-  EXPECT_GT(differences(p, KnnError{0.0, 0.0}, 3), 0);
+  EXPECT_EQ(compare(p, {3, 3, kNever}).wrong, 0);
+  EXPECT_EQ(compare(p, {3, 3, 0}).wrong, 0);
+  Plan fast{3, 3, 0};
+  fast.exact = false;
+  EXPECT_GT(compare(p, fast).wrong, 0);
 }
 
 }  // namespace
