@@ -25,6 +25,9 @@ inline __attribute__((always_inline)) V load_vector(const T* x) {
   return v;
 }
 
+template <typename T>
+constexpr T kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // Joins the lanes of a vector: the lower half with the upper one, and so on.
 template <typename T, int kWidth, class Join>
 inline __attribute__((always_inline)) T fold_vector(const typename VectorOf<T, kWidth>::type& v,
@@ -177,13 +180,21 @@ struct Rows {
     }
     const int rest = static_cast<int>(classes - whole);
     if (rest == 0) return;
-    T* tail = d + whole;
+    T tail[kLanes];
     if (r + 1 < job.rows && job.row_stride >= kLanes) {  // what follows is the next row
       for (int k = 0; k < kLanes; ++k) tail[k] = static_cast<T>(z[whole + k]);
     } else {
       for (int k = 0; k < rest; ++k) tail[k] = static_cast<T>(z[whole + k]);
+      for (int k = rest; k < kLanes; ++k) tail[k] = 0;
     }
-    for (int k = 0; k < kLanes; ++k) tail[k] = select(k < rest, tail[k], T(-INFINITY));
+    // A vector at a time: GCC takes a loop of selects over so few apart into single numbers.
+    constexpr int kWidth = kVectorBytes / sizeof(T);
+    using V = typename VectorOf<T, kWidth>::type;
+    for (int k = 0; k < kLanes; k += kWidth) {
+      const V lane = load_vector<V>(kLaneNumbers<T> + k), v = load_vector<V>(tail + k);
+      const V kept = lane < V{} + static_cast<T>(rest) ? v : V{} + T(-INFINITY);
+      std::memcpy(d + whole + k, &kept, sizeof kept);
+    }
   }
   const T* loaded(const T* d, int64_t r) const {
     if constexpr (std::is_same_v<scalar_t, T>) {
