@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdint>
 
 #if defined(ALS_STD_THREADS)
@@ -28,6 +29,17 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 #else
   if (n > 0) torch::stable::parallel_for(0, n, grain, body);
 #endif
+}
+
+// Tasks 0, 1, ... go to whichever thread is free: body(task, scratch), with a scratch of each
+// thread's own.
+template <typename Make, typename Body>
+void parallel_tasks(int64_t tasks, const Make& make_scratch, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(tasks, 1, [&](int64_t, int64_t) {
+    auto scratch = make_scratch();
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, scratch);
+  });
 }
 
 }  // namespace als
