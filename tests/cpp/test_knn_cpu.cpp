@@ -11,6 +11,7 @@
 
 #include "knn/knn_list.h"
 #include "knn/knn_order.h"
+#include "knn/knn_reach.h"
 #include "knn/knn_rows.h"
 #include "knn/knn_scan.h"
 #include "knn/knn_sums.h"
@@ -401,6 +402,12 @@ TEST(KnnReach, ProductsAndReachAreThoseOfPlainLoops) {
         EXPECT_NEAR(best[c], want - half[c], 1e-4);
       }
     }
+  }
+}
+
+TEST(KnnReach, QueriesOfADecisionAreWholeGroupsOfEveryTile) {
+  for (const als::KnnTileKernel* tile : float_tiles()) {
+    EXPECT_EQ(als::KnnReach::kQueries % tile->rows, 0);
   }
 }
 
