@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-
-def inference_layout(x: Tensor) -> Tensor:
-    """Images [B, C, H, W] on the CPU in channels-last order, anything else as it is.
-
-    Same values, but PyTorch pools channels-last images with vector instructions, and one by one
-    without. Convolutions add in another order then: results may differ in the last bits.
-    """
-    if x.dim() == 4 and x.device.type == "cpu":
-        return x.to(memory_format=torch.channels_last)  # contiguous() leaves one channel alone
-    return x
 
 
 def make_embedder(model: nn.Module, layer: str | None = None) -> Callable[[Tensor], Tensor]:
@@ -47,7 +35,7 @@ def make_embedder(model: nn.Module, layer: str | None = None) -> Callable[[Tenso
                 f"embedding: expected the name of a layer, got None for {type(model).__name__}, "
                 "which has no function embed(x)"
             )
-        return lambda x: _flat(own(inference_layout(x)))
+        return lambda x: _flat(own(x))
     names = dict(model.named_modules())
     if not layer or layer not in names:
         known = ", ".join(filter(None, names))
@@ -61,7 +49,7 @@ def make_embedder(model: nn.Module, layer: str | None = None) -> Callable[[Tenso
 
         handle = model.get_submodule(layer).register_forward_hook(keep)
         try:
-            model(inference_layout(x))
+            model(x)
         finally:
             handle.remove()
         if len(kept) != 1 or not isinstance(kept[0], Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 MODELS = ("auto", "cnn", "mlp")
@@ -72,6 +73,16 @@ class SmallCNN(_EmbeddingClassifier):
             nn.ReLU(),
         )
         super().__init__(features, 128, num_classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The penultimate activations [B, 128], from which neighbours are found.
+
+        Without gradients on a CPU the images go through in channels-last order: PyTorch pools those
+        with vector instructions and others one by one. The last bits may differ.
+        """
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            x = x.to(memory_format=torch.channels_last)  # contiguous() leaves one channel alone
+        return super().embed(x)
 
 
 class MLP(_EmbeddingClassifier):

@@ -23,7 +23,7 @@ from als_ext.checkpoint import (
 )
 from als_ext.config import RESUME_MAY_CHANGE, TrainConfig
 from als_ext.data import IndexedDataset, TensorBatches, as_labels
-from als_ext.embedding import inference_layout, make_embedder
+from als_ext.embedding import make_embedder
 from als_ext.loader import LoaderBatches
 from als_ext.methods import METHODS, Task
 from als_ext.metrics import FIELDS, FILES, MetricsWriter, Record, label_metrics
@@ -266,7 +266,7 @@ class Trainer:
         count = 0
         for x, label in self._eval_batches(self._test):
             with self._method.amp.autocast():
-                right += (self.model(inference_layout(x)).argmax(1) == label).sum()
+                right += (self.model(x).argmax(1) == label).sum()
             count += len(label)
         return int(right) / count if count else None
 

@@ -199,6 +199,38 @@ def test_embeddings_are_flat_float32():
     assert embedding.dtype == torch.float32
 
 
+class Viewing(nn.Module):
+    """Looks at its images as they lie in memory, as many models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(3 * 2 * 2, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def embed(self, x):
+        return self.features(x.view(x.shape[0], -1)).relu()
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+
+@pytest.mark.parametrize("layer", [None, "features"])
+def test_a_model_gets_its_images_as_they_are(layer):
+    x = torch.randn(60, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(60) % CLASSES
+    trainer = Trainer(Viewing(), config("als-lc", embedding=layer), num_classes=CLASSES)
+    assert trainer.fit(x, y, test=(x, y)).report is not None
+
+
+def test_the_layout_of_inference_changes_last_bits_alone():
+    torch.manual_seed(0)
+    model, x = SmallCNN((3, 13, 15), 4), torch.randn(9, 3, 13, 15)
+    want = model.embed(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(x), want, rtol=0, atol=1e-5)
+        assert model.features[0](x).is_contiguous(), "the weights keep their order"
+
+
 class TwoOutputs(nn.Module):
     def __init__(self):
         super().__init__()
