@@ -99,7 +99,8 @@ def setup(rows, steps, device):
     net = model()
     optimizer = ALSO(net.parameters(), n=rows)
     ours, plain, bare = also(net, optimizer, x, y), adamw(x, y), forward_backward(x, y)
-    ours(WARM_UP if rows > WARM_UP * BATCH else steps)  # the embeddings of a run have clusters
+    warm_up = WARM_UP if rows > WARM_UP * BATCH else steps
+    ours(warm_up)  # the embeddings of a run have clusters
     embed = make_embedder(net)
 
     def embeddings():
@@ -124,7 +125,7 @@ def setup(rows, steps, device):
             result = corrector.step(embeddings(), weights.log_pi())
             y.copy_(result.new_label)
             weights.reset_(result.changed.nonzero()[:, 0])
-            ours(WARM_UP if rows > WARM_UP * BATCH else steps)
+            ours(warm_up)
         return due
 
     given = y.clone()

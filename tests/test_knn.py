@@ -444,7 +444,7 @@ def test_rows_without_clusters_are_not_put_in_order():
 
 @pytest.mark.slow
 def test_reach_over_chunks_of_the_database_and_spans_of_queries():
-    """D = 2000: 8,000 rows are a chunk. k = 1500: 2,000 queries are a span."""
+    """D = 2000: fewer than 9,500 rows are a chunk. k = 500: 3,300 queries are a span."""
     x = islands(9500, 2000, spread=0.1)
     got, counts = taken(lambda: knn(x, x, 30))
     assert counts[ORDERED] == 1
@@ -649,6 +649,16 @@ def test_extra_memory_is_bounded(spread):
     query = database[:300].clone()
     outputs = 300 * 1000 * 12
     assert peak_bytes(lambda: knn(query, database, 1000)) - outputs < 256 << 20
+
+
+@pytest.mark.slow
+def test_extra_memory_is_bounded_in_order():
+    database = islands(1_000_000, 8)
+    query = database[:4200].clone()
+    before = _library._C.counters()[ORDERED]
+    extra = peak_bytes(lambda: knn(query, database, 20)) - 4200 * 20 * 12
+    assert _library._C.counters()[ORDERED] == before + 1
+    assert extra < 256 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

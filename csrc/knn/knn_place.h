@@ -139,7 +139,8 @@ class KnnPlacer {
   int64_t coordinates() const { return std::min<int64_t>(kKnnCoordinates, in_.dim); }
 
   std::vector<float> widest_directions() const {
-    const int64_t samples = std::min<int64_t>(in_.rows, 1024);
+    const int64_t fit = (int64_t{32} << 20) / (in_.dim * static_cast<int64_t>(sizeof(float)));
+    const int64_t samples = std::min(in_.rows, std::clamp<int64_t>(fit, 1, 1024));
     std::vector<float> sample(samples * in_.dim);
     const auto scratch = [&] { return measure_.scratch(); };
     parallel_tasks(samples, scratch, [&](int64_t s, Scratch& w) {
