@@ -1,6 +1,6 @@
 """Adaptive loss scaling and embedding-based label correction for PyTorch."""
 
-from als_ext import ops
+from als_ext import baselines, ops
 from als_ext._library import __version__, build_info
 from als_ext.config import TrainConfig
 from als_ext.correction import (
@@ -23,6 +23,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "__version__",
+    "baselines",
     "build_info",
     "correct_labels",
     "ops",

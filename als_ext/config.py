@@ -24,7 +24,8 @@ class TrainConfig:
     """Settings of :class:`als_ext.Trainer`.
 
     Args:
-        method: a name in :data:`als_ext.methods.METHODS`: "erm", "also" or "als-lc".
+        method: a name in :data:`als_ext.methods.METHODS`: "erm", "also", "als-lc" or a baseline
+            (:mod:`als_ext.baselines`).
         epochs: passes over the training samples, >= 1.
         batch_size: samples a step, >= 1.
         lr: peak learning rate of the parameters, > 0.
@@ -41,6 +42,7 @@ class TrainConfig:
         warmup: epochs before the first correction of "als-lc", >= 1.
         period: epochs between corrections, >= 1.
         correction: settings of the :class:`als_ext.LabelCorrector` of "als-lc".
+        settings: what only the method knows, by name: the fields of its ``Settings``.
         checkpoint_seconds: seconds between checkpoints inside an epoch, > 0.
         checkpoint_steps: steps between checkpoints inside an epoch; None goes by time alone.
         num_workers: worker processes where the samples are a Dataset.
@@ -69,6 +71,7 @@ class TrainConfig:
     warmup: int = 2
     period: int = 2
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int | None = None
     num_workers: int = 0

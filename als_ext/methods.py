@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from als_ext.config import TrainConfig
 from als_ext.correction import LabelCorrector
+from als_ext.embedding import make_embedder
 from als_ext.metrics import Record
 from als_ext.ops import sample_loss, weighted_loss
 from als_ext.optim import ALSO
@@ -29,7 +31,10 @@ class Task:
         num_classes: number of classes.
         labels: int64 [n], the live labels: a method that corrects writes into them.
         device: where batches come and losses go.
-        embed: embeddings float32 [n, D] of all training samples, in order, in eval mode.
+        collect: applies a function of inputs [B, ...] to all training samples, in order, in eval
+            mode and without gradients, and joins what it gives.
+        clean: inputs [m, ...] and labels int64 [m] that are known to be right, on ``device``; None
+            where nobody gave any.
     """
 
     model: nn.Module
@@ -37,7 +42,17 @@ class Task:
     num_classes: int
     labels: Tensor
     device: torch.device
-    embed: Callable[[], Tensor]
+    collect: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    clean: tuple[Tensor, Tensor] | None = None
+
+    def embeddings(self) -> Tensor:
+        """Embeddings float32 [n, D] of all training samples, in order, on ``device``."""
+        return self.collect(make_embedder(self.model, self.config.embedding))
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A method without settings of its own."""
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -46,23 +61,54 @@ METHODS: dict[str, type[Method]] = {}
 class Method(ABC):
     """What happens with a batch and after an epoch; one instance trains one model once.
 
-    Subclasses are registered by name: ``class Mine(Method, name="mine")``.
+    Subclasses are registered by name: ``class Mine(Method, name="mine")``. What only they know is
+    set in a frozen dataclass that checks itself, ``Settings``, from ``TrainConfig.settings``.
     """
 
-    corrects = False  # whether it needs embeddings and may change labels
+    name: ClassVar[str]
+    corrects: ClassVar[bool] = False  # whether it needs embeddings and may change labels
+    trains: ClassVar[bool] = True  # whether there are steps; without, an epoch is after_epoch alone
+    needs_clean: ClassVar[bool] = False  # whether it needs samples whose labels are known
+    Settings: ClassVar[type[Any]] = NoSettings
 
     def __init_subclass__(cls, name: str, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        if name in METHODS:
+            raise ValueError(f"name: expected one that is free, got {name!r} again")
+        cls.name = name
         METHODS[name] = cls
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.settings = self.Settings(**task.config.settings)
         self.amp = Amp(task.config.amp, task.device)
         self.optimizer = self.make_optimizer()
 
-    @classmethod  # noqa: B027 - most methods have nothing to refuse
+    @classmethod
     def check(cls, config: TrainConfig) -> None:
-        """Raise ValueError for settings that the method cannot work with."""
+        """Raise TypeError or ValueError for settings that the method cannot work with."""
+        known = {field.name for field in dataclasses.fields(cls.Settings)}
+        for setting in config.settings:
+            if setting not in known:
+                raise ValueError(
+                    f"settings: expected those of {cls.name} "
+                    f"({', '.join(sorted(known)) or 'it has none'}), got {setting!r}"
+                )
+        cls.Settings(**config.settings)
+
+    @classmethod
+    def epochs(cls, config: TrainConfig) -> int:
+        """Epochs of the whole run; more than ``config.epochs`` where it trains more than once."""
+        return config.epochs
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        return self.task.config.lr_at(step, steps_per_epoch)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [B, C] of inputs, in eval mode: the largest is the predicted class."""
+        scores: Tensor = self.task.model(x)
+        return scores
 
     @abstractmethod
     def make_optimizer(self) -> Optimizer:
@@ -124,11 +170,15 @@ class ERM(Method, name="erm"):
             fused=True,
         )
 
+    def losses(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Cross entropy, float32 [B]."""
+        return sample_loss(logits, label)
+
     def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         """One step on the mean of the losses."""
         with self.amp.autocast():
             logits = self.task.model(x)
-        losses = sample_loss(logits, label)
+        losses = self.losses(logits, label)
         self.optimizer.zero_grad()
         self.amp.backward_and_step(losses.mean(), self.optimizer)
         return losses.detach()
@@ -189,6 +239,7 @@ class AlsLc(Also, name="als-lc"):
     @classmethod
     def check(cls, config: TrainConfig) -> None:
         """At least one correction has to fit in."""
+        super().check(config)
         if config.warmup >= config.epochs:
             raise ValueError(
                 f"epochs: expected more than warmup={config.warmup} for als-lc, got {config.epochs}"
@@ -203,7 +254,7 @@ class AlsLc(Also, name="als-lc"):
         weights = self.optimizer.weights
         high = weights.settings["direction"] == "max"  # then suspects have gained weight
         scores = weights.log_pi() if high else -weights.log_pi()
-        result = self.corrector.step(self.task.embed(), scores, epoch)
+        result = self.corrector.step(self.task.embeddings(), scores, epoch)
         labels.copy_(result.new_label)
         weights.reset_(result.changed.nonzero()[:, 0])
         self._report = {

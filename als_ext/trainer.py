@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,10 @@ class Trainer:
         self.num_classes = num_classes
         self.device = resolve_device(self.config.device)
         self.model = model
-        METHODS[self.config.method].check(self.config)
-        if METHODS[self.config.method].corrects:
+        self._kind = METHODS[self.config.method]
+        self._kind.check(self.config)
+        self._epochs = self._kind.epochs(self.config)
+        if self._kind.corrects:
             make_embedder(model, self.config.embedding)  # says now what would fail after a warm-up
         self._out = None if out is None else Path(out)
         self._progress = progress
@@ -120,9 +122,10 @@ class Trainer:
         test: tuple[Tensor, Tensor] | Dataset[Any] | None = None,
         true_labels: Tensor | None = None,
         plain: Dataset[Any] | None = None,
+        clean: tuple[Tensor, Tensor] | None = None,
         resume: bool = False,
     ) -> TrainResult:
-        """Train for ``config.epochs`` epochs.
+        """Train for ``config.epochs`` epochs; twice that for methods that train twice.
 
         Args:
             data: inputs [n, ...], which move to the device as a whole, or a map-style Dataset whose
@@ -133,6 +136,8 @@ class Trainer:
             true_labels: int64 [n], only to measure with; None where they are unknown.
             plain: for a Dataset with random augmentation, the same samples in the same order
                 without it: embeddings are taken from these.
+            clean: inputs [m, ...] and labels int64 [m] that are known to be right, for the methods
+                that need some.
             resume: go on from ``out/checkpoint.pt``; without that file start from the beginning.
 
         Returns:
@@ -144,9 +149,9 @@ class Trainer:
                 belongs to other data, settings or another model.
             RuntimeError: the training loss is not finite.
         """
-        self._set_up(data, labels, test, true_labels, plain)
+        self._set_up(data, labels, test, true_labels, plain, clean)
         saved = self._open(resume)
-        total = self.config.epochs * len(self._batches)
+        total = self._epochs * len(self._batches)
         with (
             reproducible(self.config.seed, self.device, self.config.deterministic),
             ProgressBar(self.config.method, total, self._progress) as bar,
@@ -160,12 +165,14 @@ class Trainer:
 
     def _train(self, bar: ProgressBar, total: int) -> None:
         batches, method = self._batches, self._method
-        while batches.epoch < self.config.epochs:
+        while batches.epoch < self._epochs:
             epoch = batches.epoch
             method.train_mode()
             for x, label, index in batches:
+                if not method.trains:
+                    continue
                 done = epoch * len(batches) + batches.position
-                lr = self.config.lr_at(done - 1, len(batches))
+                lr = method.lr_at(done - 1, len(batches))
                 for group in method.optimizer.param_groups:
                     group["lr"] = lr
                 self._losses.index_copy_(0, index, method.step(x, label, index))
@@ -185,6 +192,7 @@ class Trainer:
         test: tuple[Tensor, Tensor] | Dataset[Any] | None,
         true_labels: Tensor | None,
         plain: Dataset[Any] | None,
+        clean: tuple[Tensor, Tensor] | None,
     ) -> None:
         config, device = self.config, self.device
         source = IndexedDataset(data, labels)
@@ -217,14 +225,25 @@ class Trainer:
             )
             test = (test[0], test_labels)
         self._test = test
-        self._method = METHODS[config.method](
+        if clean is not None:
+            clean_labels = as_labels(
+                clean[1], n=len(clean[0]), num_classes=self.num_classes, name="clean labels"
+            )
+            clean = (clean[0].to(device), clean_labels.to(device))
+        if self._kind.needs_clean and (clean is None or not len(clean[0])):
+            raise ValueError(
+                f"clean: expected samples whose labels are known to be right, which "
+                f"{config.method} needs, got none"
+            )
+        self._method = self._kind(
             Task(
                 model=self.model.to(device),
                 config=config,
                 num_classes=self.num_classes,
                 labels=self._batches.labels,
                 device=device,
-                embed=self.embeddings,
+                collect=self._collect,
+                clean=clean,
             )
         )
         self._losses = torch.zeros(n, device=device)
@@ -252,13 +271,15 @@ class Trainer:
             left_over.unlink()
         return load_checkpoint(checkpoint) if checkpoint.exists() else None
 
-    @torch.no_grad()
     def embeddings(self) -> Tensor:
         """Embeddings float32 [n, D] of the training samples of ``fit``, in order, on the device."""
-        embed = make_embedder(self.model, self.config.embedding)
+        return self._collect(make_embedder(self.model, self.config.embedding))
+
+    @torch.no_grad()
+    def _collect(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         self._method.eval_mode()
         with self._method.amp.autocast():
-            return torch.cat([embed(x) for x, *_ in self._eval_batches(self._inputs)])
+            return torch.cat([function(x) for x, *_ in self._eval_batches(self._inputs)])
 
     @torch.no_grad()
     def _test_accuracy(self) -> float | None:
@@ -266,7 +287,7 @@ class Trainer:
         count = 0
         for x, label in self._eval_batches(self._test):
             with self._method.amp.autocast():
-                right += (self.model(x).argmax(1) == label).sum()
+                right += (self._method.predict(x).argmax(1) == label).sum()
             count += len(label)
         return int(right) / count if count else None
 
@@ -310,7 +331,7 @@ class Trainer:
             self._writer.append(record)
         accuracy = record["test_accuracy"]
         shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
-        return f"epoch {epoch}/{self.config.epochs}: loss {loss:.4f}{shown}"
+        return f"epoch {epoch}/{self._epochs}: loss {loss:.4f}{shown}"
 
     def _seconds(self) -> float:
         return self._elapsed + time.monotonic() - self._started

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from als_ext.checkpoint import load_checkpoint
 from als_ext.cli import main
 
 KEYS = {
@@ -266,6 +267,15 @@ def test_mnist_reads_its_files_and_learns(capsys, mnist_dir):
         (["--amp", "fp8"], "amp: expected one of 'off', 'bf16', 'f16', got 'fp8'"),
         (["--device", "tpu"], "device: expected auto, cpu or cuda"),
         (["--resume"], "resume: expected --out with the folder of a run, got none"),
+        (
+            ["--method", "gce", "--setting", "p=1"],
+            "setting: expected NAME=VALUE with a name of gce",
+        ),
+        (["--method", "gce", "--setting", "q"], "setting: expected NAME=VALUE"),
+        (["--method", "gce", "--setting", "q=2"], "q: expected a finite number in (0, 1]"),
+        (["--setting", "q=1"], "of erm, als-lc (they have none), got 'q=1'"),
+        (["--clean-per-class", "100000"], "clean-per-class: expected at most"),
+        (["--clean-per-class", "-1"], "clean-per-class: expected >= 0, got -1"),
         (["--nope"], "No such option: --nope"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -502,3 +512,13 @@ def test_help_and_completion(capsys, monkeypatch):
         main([])
     assert stop.value.code == 0
     assert "complete" in capsys.readouterr().out
+
+
+def test_settings_go_to_the_methods_that_have_them(capsys, tmp_path):
+    words = ["--method", "erm,gce", "--setting", "q=0.5", "--epochs", "1"]
+    result_of(capsys, *words, "--out", tmp_path / "run")
+    configs = {
+        name: load_checkpoint(tmp_path / "run" / name / "checkpoint.pt")["config"]["settings"]
+        for name in ("erm", "gce")
+    }
+    assert configs == {"erm": {}, "gce": {"q": 0.5}}

@@ -20,6 +20,7 @@ LAYERS = [  # a module may import from layers below its own, never from above
     {"optim", "correction", "data", "models"},
     {"checkpoint", "config", "loader", "metrics"},
     {"methods"},
+    {"baselines"},
     {"trainer"},
     {"cli"},
 ]

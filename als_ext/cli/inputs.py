@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from als_ext.data import ArrayDataset, apply_noise, load_dataset, parse_noise, read_labels
+from als_ext.methods import METHODS
 
 _OWN_DATA = ("npz:", "folder:")
 
@@ -112,3 +114,55 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     scale = train.std(axes, keepdim=True)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant feature becomes 0
     return (train - mean) / scale, (test - mean) / scale
+
+
+def clean_subset(data: RunData, per_class: int, seed: int) -> tuple[Tensor, Tensor] | None:
+    """``per_class`` random training samples of every class with their true labels.
+
+    The samples stay in the training set with the labels that they were given there.
+
+    Raises:
+        ValueError: the true labels are not known, or a class has fewer samples.
+    """
+    if per_class == 0:
+        return None
+    true = data.true_labels
+    if true is None:
+        raise ValueError("clean-per-class: expected data whose true labels are known")
+    order = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))
+    order = order[true[order].argsort(stable=True)]  # by class, at random within it
+    sizes = true.bincount(minlength=data.num_classes)
+    if int(sizes.min()) < per_class:
+        raise ValueError(
+            f"clean-per-class: expected at most {int(sizes.min())}, the samples of the smallest "
+            f"class, got {per_class}"
+        )
+    starts = sizes.cumsum(0) - sizes
+    rows = order[(starts[:, None] + torch.arange(per_class)).flatten()]
+    return data.x_train[rows], true[rows]
+
+
+def method_settings(methods: list[str], words: list[str]) -> dict[str, dict[str, Any]]:
+    """NAME=VALUE words for the methods whose ``Settings`` have the name. Values are JSON or text.
+
+    Raises:
+        ValueError: not of that form, or a name that none of the methods has.
+    """
+    found: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    known = {m: {field.name for field in fields(METHODS[m].Settings)} for m in methods}
+    for word in words:
+        name, equals, text = word.partition("=")
+        takers = [method for method in methods if name in known[method]]
+        if not equals or not takers:
+            names = sorted(set().union(*known.values()))
+            raise ValueError(
+                f"setting: expected NAME=VALUE with a name of {', '.join(methods)} "
+                f"({', '.join(names) or 'they have none'}), got {word!r}"
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        for method in takers:
+            found[method][name] = value
+    return found

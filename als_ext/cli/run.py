@@ -14,7 +14,7 @@ from rich.table import Table
 
 from als_ext import __version__
 from als_ext.checkpoint import check_same_settings
-from als_ext.cli.inputs import RunData, load_run_data
+from als_ext.cli.inputs import RunData, clean_subset, load_run_data, method_settings
 from als_ext.config import TrainConfig
 from als_ext.data import write_labels
 from als_ext.io import atomic_write_text
@@ -30,6 +30,8 @@ DEFAULTS: dict[str, Any] = {
     "noise": None,
     "labels": None,
     "method": ["erm", "als-lc"],
+    "setting": [],
+    "clean_per_class": 0,
     "model": "auto",
     "embedding": None,
     "epochs": None,
@@ -75,7 +77,19 @@ def run(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="erm, also, als-lc: repeat it or give a comma list.", show_default="erm,als-lc"
+            help="Names (als-ext info lists them): repeat it or give a comma list.",
+            show_default="erm,als-lc",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of the methods that have it, as in q=0.7. Repeat it."),
+    ] = None,
+    clean_per_class: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples of each class whose true label a method may know, if it needs some.",
+            show_default="0",
         ),
     ] = None,
     model: Annotated[
@@ -125,6 +139,8 @@ def run(
         "noise": noise,
         "labels": None if labels is None else str(labels.resolve()),
         "method": names,
+        "setting": setting,
+        "clean_per_class": clean_per_class,
         "model": model,
         "embedding": embedding,
         "epochs": epochs,
@@ -143,11 +159,22 @@ def run(
     if len(set(settings["method"])) < len(settings["method"]):
         raise ValueError(f"method: expected each once, got {', '.join(settings['method'])}")
     check_int("seed", settings["seed"], low=0)
+    check_int("clean-per-class", settings["clean_per_class"], low=0)
+    own = method_settings(settings["method"], settings["setting"])
     if threads is not None:
         check_int("threads", threads, low=1)
+    for name in settings["method"]:
+        if METHODS[name].needs_clean and not settings["clean_per_class"]:
+            raise ValueError(
+                f"clean-per-class: expected >= 1 for {name}, which needs labels known to be right, "
+                "got 0"
+            )
     data = load_run_data(settings)
+    clean = clean_subset(data, settings["clean_per_class"], settings["seed"])
     trainers = {
-        name: _trainer(name, settings, data, out, quiet, checkpoint_seconds, checkpoint_steps)
+        name: _trainer(
+            name, settings, own[name], data, out, quiet, checkpoint_seconds, checkpoint_steps
+        )
         for name in settings["method"]
     }
     if threads is None and all(isinstance(t.model, MLP) for t in trainers.values()):
@@ -165,6 +192,7 @@ def run(
                 data.given_labels,
                 test=data.test,
                 true_labels=data.true_labels,
+                clean=clean,
                 resume=resume,
             )
             result[name] = _figures(done)
@@ -207,6 +235,7 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
 def _trainer(
     name: str,
     settings: dict[str, Any],
+    own: dict[str, Any],
     data: RunData,
     out: Path | None,
     quiet: bool,
@@ -217,6 +246,7 @@ def _trainer(
     config = TrainConfig.recommended(
         len(data.given_labels),
         method=name,
+        settings=own,
         embedding=settings["embedding"],
         checkpoint_seconds=checkpoint_seconds,
         checkpoint_steps=checkpoint_steps,
@@ -241,6 +271,7 @@ def _describe(settings: dict[str, Any], data: RunData, trainer: Trainer) -> dict
         "samples": len(data.given_labels),
         "noise": data.noise,
         "noise_rate": data.noise_rate,
+        "clean_per_class": settings["clean_per_class"],
         "model": type(trainer.model).__name__,
         "epochs": trainer.config.epochs,
         "seed": trainer.config.seed,

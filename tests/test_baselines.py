@@ -1,0 +1,68 @@
+"""The methods of the literature: their known effect on a problem small enough to see it."""
+
+import pytest
+import torch
+
+from als_ext import TrainConfig, Trainer, baselines
+from als_ext.methods import METHODS, Method
+from als_ext.models import MLP
+
+CLASSES, FEATURES = 3, 20  # features enough to memorise wrong labels by
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps this small only wait for a second thread; on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def blobs(n=600, rate=0.4, seed=0):
+    """Inputs, given labels of which a share is wrong, true labels."""
+    g = torch.Generator().manual_seed(seed)
+    true = torch.arange(n) % CLASSES
+    x = torch.randn(n, FEATURES, generator=g)
+    x[:, :CLASSES] += 3 * torch.nn.functional.one_hot(true, CLASSES)
+    shift = torch.randint(1, CLASSES, (n,), generator=g)
+    wrong = torch.rand(n, generator=g) < rate
+    return x, torch.where(wrong, (true + shift) % CLASSES, true), true
+
+
+def train(method, given, x, test, epochs=20, **settings):
+    torch.manual_seed(0)
+    model = MLP((FEATURES,), CLASSES, hidden=(64, 32))
+    config = TrainConfig(
+        method=method, epochs=epochs, batch_size=32, lr=3e-3, device="cpu", settings=settings
+    )
+    return Trainer(model, config, num_classes=CLASSES).fit(x, given, test=test)
+
+
+def test_each_baseline_is_registered_under_its_name():
+    for name in baselines.__all__:
+        method = getattr(baselines, name)
+        assert METHODS[method.name] is method
+
+
+def test_a_name_cannot_be_taken_twice():
+    with pytest.raises(ValueError, match="'gce' again"):
+        type(Method)("Again", (Method,), {}, name="gce")
+
+
+def test_settings_of_another_method_are_refused():
+    with pytest.raises(ValueError, match=r"settings: expected those of gce \(q\), got 'p'"):
+        Trainer(MLP((3,), 3), TrainConfig(method="gce", settings={"p": 1}), num_classes=3)
+    with pytest.raises(ValueError, match="it has none"):
+        Trainer(MLP((3,), 3), TrainConfig(method="erm", settings={"q": 1}), num_classes=3)
+    with pytest.raises(ValueError, match="q: expected"):
+        Trainer(MLP((3,), 3), TrainConfig(method="gce", settings={"q": 1.5}), num_classes=3)
+
+
+def test_gce_memorises_less_than_erm():
+    x, given, _ = blobs()
+    test = blobs(seed=1)
+    test = (test[0], test[2])
+    plain = train("erm", given, x, test).test_accuracy
+    robust = train("gce", given, x, test, q=0.7).test_accuracy
+    assert robust > plain + 0.05
