@@ -8,8 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from als_ext import CorrectionConfig, LabelCorrector, correct_labels
-from als_ext.correction import correct as correct_module
-from als_ext.correction.selection import sample_graph, usable_candidates
+from als_ext.correction import survival
+from als_ext.correction.config import neighbourhoods, neighbours_that_vote
 from als_ext.correction.suspects import noise_channel, score_evidence, score_threshold
 
 
@@ -17,7 +17,7 @@ def blobs(n=600, classes=3, spread=1.0, seed=0):
     """Gaussian clusters on the corners of a simplex, 6 apart, and their true labels."""
     g = torch.Generator().manual_seed(seed)
     truth = torch.arange(n) % classes
-    x = spread * torch.randn(n, 8, generator=g)
+    x = spread * torch.randn(n, max(8, classes), generator=g)
     x[torch.arange(n), truth] += 6
     return x, truth
 
@@ -79,67 +79,86 @@ def test_leaves_clean_labels_alone(digits):
 # --- against an independent transcription in numpy ------------------------------------------------
 
 
-def transcription(x, given, score, classes, k, rounds, smoothing):
-    """docs/correction.md with loops, float64 and brute force, for a fixed k."""
+def log_rising(start, count):
+    return sum(np.log(start + i) for i in range(count))
+
+
+def first_guess(near, given, classes, region, spread):
+    """als_ext/correction/survival.py with loops."""
+    n = len(given)
+
+    def label(rate):
+        likelihood = np.zeros((n, classes))
+        for i in range(n):
+            count = np.bincount(given[[i, *near[i][:region]]], minlength=classes)
+            size = count.sum()
+            for z in range(classes):
+                others = size - count[z]
+                log = log_rising(100 * rate, count[z]) + log_rising(100 * (1 - rate), others)
+                log -= log_rising(100, size) + log_rising(0.1 * (classes - 1), others)
+                log += sum(log_rising(0.1, count[j]) for j in range(classes) if j != z)
+                likelihood[i, z] = log / size
+        for k in spread:
+            likelihood = np.array([likelihood[[i, *near[i][:k]]].mean(0) for i in range(n)])
+        return likelihood.argmax(1), likelihood.max(1).mean()
+
+    best = (-np.inf, None, None)
+    for rate in (r for r in survival.RATES if r >= 1 / classes):
+        guess, likelihood = label(rate)
+        if rate / 2 <= (guess == given).mean() <= rate * 2:
+            best = max(best, (likelihood + 0.05 * rate, rate, guess), key=lambda b: b[0])
+    guess = best[2]
+    for _ in range(2):
+        rate = (guess == given).mean().clip(survival.RATES[0], survival.RATES[-1])
+        guess = label(rate)[0]
+    return guess, rate
+
+
+def transcription(x, given, score, classes, k, rounds, smoothing, region, spread):
+    """docs/correction.md with loops, float64 and brute force."""
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     n = len(x)
     distance = 0.5 * ((x[:, None] - x[None]) ** 2).sum(-1)
     np.fill_diagonal(distance, np.inf)
-    neighbours = distance.astype(np.float32).argsort(axis=1, kind="stable")[:, :k]
-
-    def vote(trusted):
-        shares = np.zeros((n, classes))
-        for i in range(n):
-            for j in neighbours[i]:
-                shares[i, given[j]] += trusted[j]
-        total = shares.sum(1, keepdims=True)
-        return np.where(total[:, 0] > 0, shares.argmax(1), -1), shares / np.maximum(total, 1)
-
-    winner, _ = vote(np.ones(n, bool))
-    suspect = winner != given
+    near = distance.astype(np.float32).argsort(axis=1, kind="stable")
+    label, rate = first_guess(near, given, classes, region, spread)
     for _ in range(rounds):
-        winner, shares = vote(~suspect)
         channel = np.full((classes, classes), 1 / classes)
         for i in range(n):
-            if winner[i] >= 0:
-                channel[winner[i], given[i]] += 1
+            channel[label[i], given[i]] += 1
         channel /= channel.sum(1, keepdims=True)
-        contradicted = (winner >= 0) & (winner != given)
-        evidence = np.zeros(n)
+        wrong = np.zeros(n)
         if score is not None:
+            contradicted = label != given
             bins = min(50, n // 100)
             edges = np.sort(score)[[b * n // bins for b in range(1, bins)]]
             which = np.searchsorted(edges, score, side="right")
             base = np.clip(contradicted.mean(), 1 / n, 1 - 1 / n)
             for b in range(bins):
-                rate = (contradicted[which == b].sum() + base) / ((which == b).sum() + 1)
-                evidence[which == b] = np.log(rate / (1 - rate)) - np.log(base / (1 - base))
-        odds = np.zeros(n)
-        for i in np.flatnonzero(contradicted):
-            w, y = winner[i], given[i]
-            odds[i] = np.log((shares[i, w] + smoothing) / (shares[i, y] + smoothing))
-            odds[i] += np.log(channel[w, y] / channel[y, y]) + min(evidence[i], 0)
-        suspect = contradicted & (odds > 0)
-    return np.where(suspect, winner, given), suspect, winner, odds
+                r = (contradicted[which == b].sum() + base) / ((which == b).sum() + 1)
+                wrong[which == b] = min(np.log(r / (1 - r)) - np.log(base / (1 - base)), 0)
+        evidence = np.zeros((n, classes))
+        for i in range(n):
+            shares = np.bincount(label[near[i][:k]], minlength=classes) / k
+            evidence[i] = np.log(shares + smoothing) + np.log(channel[:, given[i]]) + wrong[i]
+            evidence[i, given[i]] -= wrong[i]
+        label = evidence.argmax(1)
+    return label, evidence.max(1) - evidence[np.arange(n), given], rate
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
-@pytest.mark.parametrize(("k", "rounds"), [(1, 1), (7, 2), (25, 3)])
+@pytest.mark.parametrize(("k", "rounds"), [(1, 1), (7, 2), (25, 4)])
 def test_follows_the_documented_procedure(device, k, rounds, with_scores):
     x, truth = blobs(400, 4, spread=2.5)
     given = symmetric(truth, 0.3, 4)
     g = torch.Generator().manual_seed(1)
     score = torch.rand(400, generator=g, dtype=torch.float64) + (given != truth)
     score = score if with_scores else None
-    got = correct_labels(
-        x.to(device),
-        given.to(device),
-        None if score is None else score.to(device),
-        k=k,
-        rounds=rounds,
-        vote_smoothing=0.01,
+    config = CorrectionConfig(k=k, rounds=rounds, vote_smoothing=0.01, region=6, spread=(3, 5))
+    result = LabelCorrector(given.to(device), 4, config).step(
+        x.to(device), None if score is None else score.to(device)
     )
-    new, suspect, winner, odds = transcription(
+    label, odds, rate = transcription(
         x.double().numpy(),
         given.numpy(),
         None if score is None else score.numpy(),
@@ -147,13 +166,15 @@ def test_follows_the_documented_procedure(device, k, rounds, with_scores):
         k,
         rounds,
         0.01,
+        6,
+        (3, 5),
     )
-    assert got.suspect.cpu().numpy().tolist() == suspect.tolist()
-    assert got.winner.cpu().numpy().tolist() == winner.tolist()
-    assert got.new_label.cpu().numpy().tolist() == new.tolist()
-    np.testing.assert_allclose(got.log_odds.cpu().numpy(), odds, rtol=1e-5, atol=1e-5)
-    assert got.k == k
-    assert got.k_votes == (k,) * (rounds + 1)
+    assert result.winner.cpu().numpy().tolist() == label.tolist()
+    assert result.new_label.cpu().numpy().tolist() == label.tolist()
+    assert result.suspect.cpu().numpy().tolist() == (label != given.numpy()).tolist()
+    np.testing.assert_allclose(result.log_odds.cpu().numpy(), odds, rtol=1e-5, atol=1e-5)
+    assert result.k == k
+    assert result.survival == pytest.approx(rate)
 
 
 # --- invariances ----------------------------------------------------------------------------------
@@ -265,11 +286,11 @@ def test_only_given_suspects_are_relabelled():
     x, truth = blobs()
     given = symmetric(truth, 0.3, 3)
     mask = torch.arange(len(x)) < 300
-    result = correct_labels(x, given, suspects=mask, metric="l2")
+    result = correct_labels(x, given, suspects=mask, metric="l2", k=50)
     assert torch.equal(result.suspect, mask)
     assert torch.equal(result.new_label[~mask], given[~mask])
     assert torch.equal(result.new_label[mask], truth[mask])
-    assert len(result.k_votes) == 1
+    assert result.survival is None
     assert result.threshold is None
 
 
@@ -321,50 +342,58 @@ def test_a_weak_vote_is_vetoed(veto):
     assert 0 < strict.changed.sum() < free.changed.sum()
 
 
-# --- k --------------------------------------------------------------------------------------------
+# --- the first guess ------------------------------------------------------------------------------
 
 
-def test_more_noise_asks_more_neighbours():
-    x, truth = blobs(1500, 3, spread=1.5)
-    chosen = [correct_labels(x, symmetric(truth, p, 3)).k_votes[0] for p in (0.1, 0.6)]
-    assert chosen[0] < chosen[1]
+def test_what_outnumbers_the_right_labels_in_places_does_not_win():
+    """In each half of a class another wrong label outnumbers the right one: no vote finds it."""
+    g = torch.Generator().manual_seed(0)
+    x, truth = blobs(3000, 3, spread=1.0)
+    half = (x[:, 7] > 0).long()
+    wrong = torch.rand(3000, generator=g) < 0.6
+    given = torch.where(wrong, (truth + 1 + half) % 3, truth)
+    plain = correct_labels(x, given, suspects=torch.ones(3000, dtype=torch.bool), voters="all")
+    ours = correct_labels(x, given)
+    assert (plain.new_label == truth).double().mean() < 0.5
+    assert (ours.new_label == truth).double().mean() > 0.98
+    assert ours.survival == pytest.approx(0.4, abs=0.03)
 
 
-def test_candidates_fit_the_data():
-    assert usable_candidates((20, 50, 100), 1000, 10) == (20, 50, 100)
-    assert usable_candidates((50, 20, 100), 900, 10) == (20, 50)
-    assert usable_candidates((20, 50), 30, 3) == (10,)
-    assert usable_candidates((20,), 2, 5) == (1,)
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
+def test_survival_is_the_share_of_right_labels(rate):
+    x, truth = blobs(4000, 10)
+    given = symmetric(truth, rate, 10)
+    assert correct_labels(x, given).survival == pytest.approx(1 - rate, abs=0.04)
 
 
-def test_k_is_chosen_on_a_sample_that_excludes_itself():
-    x, truth = blobs(500)
-    rows, distance, index = sample_graph(x, 6, 40, 0, "l2", "exact")
-    _, whole_distance, whole_index = sample_graph(x, 6, 500, 0, "l2", "exact")
-    assert len(set(rows.tolist())) == 40
-    assert torch.equal(index, whole_index[rows])
-    assert torch.equal(distance, whole_distance[rows])
-    copies = torch.zeros(50, 3)
-    rows, distance, index = sample_graph(copies, 6, 10, 0, "l2", "exact")
-    assert not (index == rows[:, None]).any()
-    assert index.shape == distance.shape == (10, 6)
-    given = symmetric(truth, 0.3, 3)
-    config = CorrectionConfig(metric="l2", selection_size=100)
-    assert torch.equal(LabelCorrector(given, 3, config).step(x).new_label, truth)
+def test_labels_moved_in_one_way_are_moved_back_and_not_on():
+    x, truth = blobs(3000, 3)
+    given = torch.where(torch.arange(3000) % 10 < 4, (truth + 1) % 3, truth)
+    assert (correct_labels(x, given).new_label == truth).double().mean() > 0.99
+
+
+def test_small_classes_have_small_neighbourhoods():
+    assert neighbours_that_vote("auto", 60_000, 10) == 20
+    assert neighbours_that_vote("auto", 1600, 10) == 10
+    assert neighbours_that_vote("auto", 3, 3) == 1
+    assert neighbours_that_vote(50, 60, 10) == 50
+    assert neighbourhoods(30, (20, 50), 60_000, 10) == (30, (20, 50))
+    assert neighbourhoods(30, (20, 50), 2400, 10) == (15, (15, 15))
 
 
 def test_blocks_do_not_show(monkeypatch):
     x, truth = blobs(spread=2.5)
     given = symmetric(truth, 0.3, 3)
     want = correct_labels(x, given, k=7).log_odds
-    monkeypatch.setattr(correct_module, "_BLOCK", 50)
+    monkeypatch.setattr("als_ext.correction.graph._BLOCK", 50)
+    monkeypatch.setattr("als_ext.correction.survival._BLOCK", 600)  # a class at a time
     monkeypatch.setattr("als_ext.correction._inputs._BLOCK", 64)
     assert torch.equal(correct_labels(x, given, k=7).log_odds, want)
     assert torch.equal(torch.from_numpy(correct_labels(x.numpy(), given, k=7).log_odds), want)
 
 
 def test_channel_of_a_class_without_votes_is_flat():
-    winner, given = torch.tensor([0, 0, 0, -1]), torch.tensor([0, 0, 1, 2])
+    winner, given = torch.tensor([0, 0, 0]), torch.tensor([0, 0, 1])
     channel = noise_channel(winner, given, 3)
     torch.testing.assert_close(channel[0], torch.tensor([7, 4, 1]).double() / 12)
     torch.testing.assert_close(channel[1:], torch.full((2, 3), 1 / 3).double())
@@ -507,7 +536,6 @@ NAN[17, 3] = float("nan")
         ({"vote_smoothing": 0.0}, ValueError, "vote_smoothing: expected a finite number in"),
         ({"score_limit": -1.0}, ValueError, "score_limit: expected a finite number in"),
         ({"precision": "half"}, ValueError, "precision: expected one of 'exact', 'fast'"),
-        ({"seed": -1}, ValueError, "seed: expected >= 0, got -1"),
     ],
 )
 def test_errors_name_argument_expected_and_got(arguments, error, message):
@@ -518,10 +546,10 @@ def test_errors_name_argument_expected_and_got(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"k_candidates": ()}, TypeError, "k_candidates: expected a non-empty tuple"),
-        ({"k_candidates": [5]}, TypeError, "k_candidates: expected a non-empty tuple"),
-        ({"k_candidates": (5, 0)}, ValueError, "k_candidates: expected >= 1, got 0"),
-        ({"selection_size": 0}, ValueError, "selection_size: expected >= 1, got 0"),
+        ({"spread": ()}, TypeError, "spread: expected a non-empty tuple"),
+        ({"spread": [5]}, TypeError, "spread: expected a non-empty tuple"),
+        ({"spread": (5, 0)}, ValueError, "spread: expected >= 1, got 0"),
+        ({"region": 0}, ValueError, "region: expected >= 1, got 0"),
         ({"stop_share": -0.1}, ValueError, "stop_share: expected a finite number in"),
     ],
 )

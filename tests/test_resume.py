@@ -214,7 +214,7 @@ def test_an_out_folder_with_a_run_is_not_touched(tmp_path):
         ({"epochs": 6}, "epochs was 5, now 6"),
         ({"lr": 0.1, "seed": 3}, r"lr was 0.001, now 0.1; seed was 0, now 3"),
         ({"method": "erm"}, "method was 'als-lc', now 'erm'"),
-        ({"correction": CorrectionConfig(rounds=1)}, "correction.rounds was 2, now 1"),
+        ({"correction": CorrectionConfig(rounds=1)}, "correction.rounds was 6, now 1"),
         ({"also": {"pi_lr": 0.1}}, "also.pi_lr was None, now 0.1"),
         ({"width": 17}, r"'features.3.weight' of shape \[17, 32\] \(this model\), got \[16, 32\]"),
     ],

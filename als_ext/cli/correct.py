@@ -28,14 +28,14 @@ def correct(
         Path | None, typer.Option(help="npy file [n]: the higher, the more suspect (a loss).")
     ] = None,
     num_classes: Annotated[int | None, typer.Option(show_default="largest label + 1")] = None,
-    k: Annotated[str, typer.Option(help="Neighbours that vote, or auto.")] = "auto",
+    k: Annotated[str, typer.Option(help="Neighbours that vote, or auto (20).")] = "auto",
     metric: Annotated[str, typer.Option(help="cosine or l2.")] = "cosine",
     suspects: Annotated[
         str, typer.Option(help="auto, score, or the share of the highest scores.")
     ] = "auto",
-    voters: Annotated[str, typer.Option(help="trusted (no suspects) or all.")] = "trusted",
+    voters: Annotated[str, typer.Option(help="trusted (no suspects by score) or all.")] = "trusted",
     min_share: Annotated[float, typer.Option(help="Votes a relabel needs, in [0, 1].")] = 0.0,
-    min_margin: Annotated[float, typer.Option(help="Lead a relabel needs, in [0, 1].")] = 0.0,
+    min_margin: Annotated[float, typer.Option(help="Lead a relabel needs, in [-1, 1].")] = -1.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, only.")] = False,

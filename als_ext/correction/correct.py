@@ -1,14 +1,11 @@
-"""Label correction from embeddings: vote, doubt, vote again, decide."""
+"""Label correction from embeddings: find what survives, vote with it, decide."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from als_ext import ops
 from als_ext.correction._inputs import (
     Array,
     check_length,
@@ -17,17 +14,12 @@ from als_ext.correction._inputs import (
     read_mask,
     read_scores,
 )
-from als_ext.correction.config import CorrectionConfig
+from als_ext.correction.config import CorrectionConfig, neighbourhoods, neighbours_that_vote
+from als_ext.correction.graph import Graph
 from als_ext.correction.result import ArrayT, CorrectionResult
-from als_ext.correction.selection import choose_k, sample_graph, usable_candidates
-from als_ext.correction.suspects import (
-    noise_channel,
-    score_evidence,
-    score_threshold,
-    vote_evidence,
-)
-
-_BLOCK = 1 << 22  # neighbour labels gathered in one go: 32 MiB
+from als_ext.correction.survival import surviving_labels
+from als_ext.correction.suspects import noise_channel, score_evidence, score_threshold
+from als_ext.correction.votes import bayes_vote, plain_vote
 
 
 def correct_labels(
@@ -41,25 +33,24 @@ def correct_labels(
     voters: str | Array = "trusted",
     metric: str = "cosine",
     min_share: float = 0.0,
-    min_margin: float = 0.0,
-    rounds: int = 2,
+    min_margin: float = -1.0,
+    rounds: int = 6,
     vote_smoothing: float = 1e-3,
     score_limit: float = 0.0,
     precision: str = "exact",
-    seed: int = 0,
 ) -> CorrectionResult[ArrayT]:
     r"""Find wrong labels and replace them by what the nearest neighbours say. No training.
 
-    All samples vote for the label of their neighbours; a sample whose label loses is a suspect.
-    Then the others, the trusted, vote alone, and the given label :math:`y` of a sample gives way to
-    the winner :math:`w \ne y` when (Bayes' rule; the project's own procedure, see
-    docs/correction.md)
+    A first guess at the true labels is the class whose given labels survive at the same rate all
+    over its part of the space (:mod:`als_ext.correction.survival`). Then, ``rounds`` times, the
+    neighbours vote with the labels guessed so far, and each sample gets the class that is likeliest
+    by Bayes' rule (the project's own procedure, see docs/correction.md),
 
-    .. math:: \log\frac{s_w + a}{s_y + a} + \log\frac{T_{wy}}{T_{yy}} + \ell > 0
+    .. math:: \arg\max_w\; \log(s_w + a) + \log T_{wy} + [w \ne y]\, \ell
 
-    with the shares :math:`s` of the votes, smoothing :math:`a`, the noise channel
-    :math:`T_{cy} = P(\text{given } y \mid \text{true } c)` estimated from the confusion of votes
-    and given labels, and :math:`\ell \le 0` what the score says for the label.
+    with its given label :math:`y`, the shares :math:`s` of the votes, smoothing :math:`a`, the
+    noise channel :math:`T_{cy} = P(\text{given } y \mid \text{true } c)` estimated from the
+    confusion of guessed and given labels, and :math:`\ell \le 0` what the score says for the label.
 
     Args:
         embeddings: [n, D] floating, n >= 2; torch tensor (CPU or CUDA) or numpy array, a memory map
@@ -69,19 +60,18 @@ def correct_labels(
             :meth:`als_ext.SampleWeights.log_pi`); only their order counts. None: the suspects come
             from the neighbours alone.
         num_classes: number of classes, >= 1; None: the highest label + 1.
-        k: neighbours that vote, in [1, n - 1], or "auto" (chosen from the data).
+        k: neighbours that vote, in [1, n - 1], or "auto": 20, fewer where classes are small.
         suspects: "auto" as above. Otherwise these and only these may be relabelled, by the plain
             vote of the voters: "score" (above Otsu's threshold of the scores), a number q in (0, 1)
             (the share q with the highest scores) or a bool mask [n].
-        voters: "trusted" (all but the suspects), "all", or a bool mask [n].
+        voters: "trusted" (all; with given suspects all but these), "all", or a bool mask [n].
         metric: "cosine" or "l2".
         min_share: least share of the votes for a relabel, in [0, 1].
-        min_margin: least lead over the second class for a relabel, in [0, 1].
-        rounds: votes of the trusted, >= 1; the suspects are found anew between them.
+        min_margin: least lead over the best other class for a relabel, in [-1, 1].
+        rounds: votes after the first guess, >= 1.
         vote_smoothing: a above, in (0, 1]: neighbours never speak for a label by more than 1 : a.
         score_limit: upper bound of l above, >= 0 nats; see :class:`CorrectionConfig`.
         precision: "exact" or "fast", see :func:`als_ext.ops.knn`.
-        seed: of the sample of rows on which k is chosen, >= 0.
 
     Returns:
         A :class:`CorrectionResult`, its arrays in the library (and on the device) of
@@ -93,9 +83,10 @@ def correct_labels(
             scores missing where ``suspects`` needs them, no voter left.
 
     Note:
-        No gradient. The same input gives the same result to the bit. Memory: the embeddings in
-        float32, 12 n k bytes for the neighbours (kept in the result), and, with k "auto", the same
-        for ``selection_size`` rows and the largest candidate; never n x n.
+        No gradient. The same input gives the same result to the bit. Labels that are all moved in
+        one way in half of the cases or more (pair noise above 50 %) cannot be told from right
+        ones. Memory: the embeddings in float32, 12 n max(k, 50) bytes for the neighbours, and some
+        tens of megabytes; never n x n.
 
     Example:
         >>> import torch
@@ -120,7 +111,6 @@ def correct_labels(
         vote_smoothing=vote_smoothing,
         score_limit=score_limit,
         precision=precision,
-        seed=seed,
     )
     x = read_embeddings(embeddings)
     n, device = x.shape[0], x.device
@@ -165,30 +155,37 @@ def correct(
             )
         threshold = score_threshold(score, config.suspects)
         suspect = score >= threshold
-    find_suspects = suspect is None
-
-    poll = _Poll(x, given, num_classes, config)
-    k_votes = []
-    if suspect is None:
-        everyone = torch.zeros_like(given, dtype=torch.bool)
-        first = poll.vote(_voter_labels(given, everyone, config.voters, voter_mask))
-        k_votes.append(first.k)
-        suspect = first.winner != given
-    for _ in range(config.rounds if find_suspects else 1):
-        voter = _voter_labels(given, suspect, config.voters, voter_mask)
-        vote = poll.vote(voter)
-        k_votes.append(vote.k)
+    n = len(given)
+    k = neighbours_that_vote(config.k, n, num_classes)
+    region, spread = neighbourhoods(config.region, config.spread, n, num_classes)
+    widest = k if suspect is not None else max(k, region, *spread)
+    graph = Graph(x, widest, config.metric, config.precision)
+    survival = None
+    if suspect is not None:
+        voter = _voters(given, suspect, config.voters, voter_mask)
+        vote = plain_vote(graph, voter, given, num_classes, k, config.vote_smoothing)
         contradicted = (vote.winner != given) & (vote.winner >= 0)
-        channel = noise_channel(vote.winner, given, num_classes)
-        own = _own_share(vote.indices, voter, given)
-        odds = vote_evidence(vote.winner, vote.share, own, given, channel, config.vote_smoothing)
-        if score is not None:
-            heard = score_evidence(score, contradicted, current == given, config.score_limit)
-            odds = odds + heard.masked_fill(~contradicted, 0.0)
-        if find_suspects:
-            suspect = contradicted & (odds > 0)
-    accept = suspect & contradicted
-    accept &= (vote.share >= config.min_share) & (vote.margin >= config.min_margin)
+        accept = suspect & contradicted
+    else:
+        everyone = torch.zeros_like(given, dtype=torch.bool)
+        voter = _voters(given, everyone, config.voters, voter_mask)
+        label, survival = surviving_labels(graph, voter, num_classes, region, spread)
+        for _ in range(config.rounds):
+            heard = None
+            if score is not None:
+                heard = score_evidence(score, label != given, current == given, config.score_limit)
+            vote = bayes_vote(
+                graph,
+                label.masked_fill(voter < 0, -1),
+                given,
+                noise_channel(label, given, num_classes),
+                k,
+                config.vote_smoothing,
+                heard,
+            )
+            label = torch.where(vote.winner < 0, given, vote.winner)
+        accept = suspect = label != given
+    accept = accept & (vote.share >= config.min_share) & (vote.margin >= config.min_margin)
     new = torch.where(accept, vote.winner, given)
     return CorrectionResult(
         suspect=suspect,
@@ -198,17 +195,17 @@ def correct(
         winner=vote.winner,
         share=vote.share,
         margin=vote.margin,
-        log_odds=odds.float(),
-        neighbours=vote.indices.contiguous(),
-        distances=vote.distance.contiguous(),
-        channel=channel.float(),
-        k=vote.k,
-        k_votes=tuple(k_votes),
+        log_odds=vote.log_odds,
+        neighbours=graph.indices[:, :k].contiguous(),
+        distances=graph.distance[:, :k].contiguous(),
+        channel=vote.channel.float(),
+        k=k,
+        survival=survival,
         threshold=threshold,
     )
 
 
-def _voter_labels(given: Tensor, suspect: Tensor, voters: str, mask: Tensor | None) -> Tensor:
+def _voters(given: Tensor, suspect: Tensor, voters: str, mask: Tensor | None) -> Tensor:
     """Labels of those who vote, -1 for the others."""
     if mask is None and voters == "all":
         return given
@@ -216,70 +213,3 @@ def _voter_labels(given: Tensor, suspect: Tensor, voters: str, mask: Tensor | No
     if not allowed.any():
         raise ValueError("voters: expected at least one sample that may vote, got none")
     return given.masked_fill(~allowed, -1)
-
-
-class _Vote(NamedTuple):
-    k: int
-    winner: Tensor  # [n] int64
-    share: Tensor  # [n] float32
-    margin: Tensor  # [n] float32
-    distance: Tensor  # [n, k] float32
-    indices: Tensor  # [n, k] int64
-
-
-class _Poll:
-    """Votes over one graph, which is as wide as the k that the first vote chooses."""
-
-    def __init__(
-        self, x: Tensor, given: Tensor, num_classes: int, config: CorrectionConfig
-    ) -> None:
-        n = x.shape[0]
-        if not isinstance(config.k, str):
-            if config.k > n - 1:
-                raise ValueError(f"k: expected in [1, {n - 1}] (the other rows), got {config.k}")
-            self._candidates: tuple[int, ...] = (config.k,)
-        else:
-            self._candidates = usable_candidates(config.k_candidates, n, num_classes)
-        self._x, self._given, self._num_classes, self._config = x, given, num_classes, config
-        self._sample = sample_graph(
-            x,
-            self._candidates[-1],
-            config.selection_size if len(self._candidates) > 1 else n,
-            config.seed,
-            config.metric,
-            config.precision,
-        )
-        whole = self._sample.rows.shape[0] == n
-        self._graph = (self._sample.distance, self._sample.indices) if whole else None
-
-    def vote(self, voter: Tensor) -> _Vote:
-        """Choose k for these voters and let them vote."""
-        k = choose_k(self._sample, voter, self._given, self._num_classes, self._candidates)
-        # The first vote, of right and wrong labels alike, needs the most neighbours.
-        self._candidates = tuple(c for c in self._candidates if c <= k)
-        if self._graph is None:
-            config = self._config
-            self._graph = ops.knn(
-                self._x,
-                self._x,
-                k,
-                metric=config.metric,
-                exclude_self=True,
-                precision=config.precision,
-            )
-        distance, indices = (part[:, :k] for part in self._graph)
-        winner, share, margin = ops.knn_vote(distance, indices, voter, self._num_classes)
-        return _Vote(k, winner, share, margin, distance, indices)
-
-
-def _own_share(indices: Tensor, voter: Tensor, given: Tensor) -> Tensor:
-    """Share of the votes for each sample's own given label, [n] float32; 0 without a voter."""
-    n, k = indices.shape
-    out = torch.empty(n, dtype=torch.float32, device=indices.device)
-    step = max(1, _BLOCK // k)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        label = voter[indices[rows]]
-        votes = (label >= 0).sum(dim=1).clamp_min(1)
-        out[rows] = (label == given[rows, None]).sum(dim=1) / votes
-    return out

@@ -28,16 +28,18 @@ class CorrectionResult(Generic[ArrayT]):
         old_label: [n] int64, the label before.
         new_label: [n] int64, the label after.
         changed: [n] bool, ``new_label != old_label``.
-        winner: [n] int64, the class with the most votes in the last vote, -1 without a voter.
+        winner: [n] int64, the likeliest class after the last vote; with given suspects the class
+            with the most votes. -1 where nobody voted.
         share: [n] float32 in [0, 1], the winner's share of the votes.
-        margin: [n] float32 in [0, 1], its lead over the second class.
+        margin: [n] float32 in [-1, 1], its lead over the best other class.
         log_odds: [n] float32, nats: evidence for the winner against the given label; positive
             speaks against the label. 0 where both are the same or nobody voted.
         neighbours: [n, k] int64, the nearest neighbours, voters or not, nearest first.
         distances: [n, k] float32, their distances as :func:`als_ext.ops.knn` gives them.
         channel: [C, C] float32, estimated P(given label = column | true label = row).
-        k: neighbours asked in the last vote.
-        k_votes: neighbours asked in each vote, the first vote of all first.
+        k: neighbours asked in each vote.
+        survival: estimated share of the given labels that are right, as far as regions are of one
+            class; None with given suspects.
         threshold: the score from which on a sample is a suspect; None when the suspects do not come
             from a threshold.
     """
@@ -54,7 +56,7 @@ class CorrectionResult(Generic[ArrayT]):
     distances: ArrayT
     channel: ArrayT
     k: int
-    k_votes: tuple[int, ...]
+    survival: float | None
     threshold: float | None
 
     def __len__(self) -> int:
@@ -65,13 +67,14 @@ class CorrectionResult(Generic[ArrayT]):
         return f"CorrectionResult({text})"
 
     def summary(self) -> dict[str, int | float | None]:
-        """Counts: samples, suspects, changed; k; threshold; mean share of the relabels."""
+        """Counts: samples, suspects, changed; k; survival; threshold; mean share of relabels."""
         changed = int(self.changed.sum())
         return {
             "samples": len(self),
             "suspects": int(self.suspect.sum()),
             "changed": changed,
             "k": self.k,
+            "survival": self.survival,
             "threshold": self.threshold,
             "mean_share_of_changed": float(self.share[self.changed].mean()) if changed else None,
         }

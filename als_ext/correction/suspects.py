@@ -1,4 +1,4 @@
-"""Which labels to doubt: evidence from votes, from the noise channel and from scores."""
+"""Which labels to doubt: the noise channel, evidence from scores, thresholds."""
 
 from __future__ import annotations
 
@@ -9,36 +9,16 @@ _BINS = 50
 _SAMPLES_PER_BIN = 100  # fewer, and the measured rate of a bin is mostly chance
 
 
-def noise_channel(winner: Tensor, given: Tensor, num_classes: int) -> Tensor:
-    """Estimate P(given label = column | true label = row), the vote standing for the truth.
+def noise_channel(label: Tensor, given: Tensor, num_classes: int) -> Tensor:
+    """Estimate P(given label = column | true label = row), ``label`` standing for the truth.
 
-    The confusion of votes and given labels, rows normalised; 1 / num_classes is added to each
-    count, so that a class without votes gets a flat row. A row without voters (-1) is left out.
+    The confusion of the two, rows normalised; 1 / num_classes is added to each count, so that a
+    class without samples gets a flat row.
     """
-    voted = winner >= 0
-    cell = winner[voted] * num_classes + given[voted]
+    cell = label * num_classes + given
     count = torch.bincount(cell, minlength=num_classes**2).view(num_classes, num_classes).double()
     count += 1.0 / num_classes
     return count / count.sum(dim=1, keepdim=True)
-
-
-def vote_evidence(
-    winner: Tensor,
-    share: Tensor,
-    own_share: Tensor,
-    given: Tensor,
-    channel: Tensor,
-    smoothing: float,
-) -> Tensor:
-    """Log-odds (nats, float64) of "the truth is the winner" against "the given label is right".
-
-    Bayes' rule with the shares as P(class | neighbours) and the channel as P(given | class):
-    log (s_w + a) / (s_y + a) + log T[w, y] / T[y, y]. Exactly 0 where w = y or nobody voted.
-    """
-    w = winner.clamp_min(0)
-    odds = (share.double() + smoothing).log() - (own_share.double() + smoothing).log()
-    odds = odds + channel[w, given].log() - channel[given, given].log()
-    return odds.masked_fill((winner < 0) | (winner == given), 0.0)
 
 
 def score_evidence(score: Tensor, disagrees: Tensor, applies: Tensor, limit: float) -> Tensor:

@@ -1,0 +1,128 @@
+r"""The first guess at the true labels: the class whose labels survive everywhere alike.
+
+A plurality fails where mistakes depend on where a sample lies: there one wrong label can outnumber
+the right one. What such labels still have in common is that a right one survives with about the
+same probability everywhere, while wrong ones come and go from place to place.
+
+For the region of a row, its k nearest neighbours and itself, with the counts :math:`c_y` of given
+labels and :math:`N = k + 1`, the log-likelihood of the region being of class :math:`z` is
+
+.. math:: \ell(z) = \log\frac{B(c_z + \rho M,\; N - c_z + (1 - \rho) M)}{B(\rho M, (1 - \rho) M)}
+   + \log\frac{\Gamma((C-1)\alpha)}{\Gamma((C-1)\alpha + N - c_z)}
+   + \sum_{j \ne z} \log\frac{\Gamma(\alpha + c_j)}{\Gamma(\alpha)}
+
+so :math:`c_z` is beta-binomial around :math:`\rho N` (concentration :math:`M`), and the wrong
+labels are Dirichlet-multinomial: of any distribution, which is the region's own. Neighbours are
+mostly of one class, so :math:`\ell / N` is averaged over neighbourhoods, several times; a row gets
+the class with the largest mean. The survival rate :math:`\rho` is the one that makes the labels
+likeliest. This project's own procedure.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from als_ext.correction.graph import Graph
+
+# The rates tried first; then the share of labels that agree with their row is one, twice.
+RATES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+_REFINEMENTS = 2
+_CONCENTRATION = 100.0  # M: the rate of a region is within a few hundredths of rho
+_SPARSITY = 0.1  # alpha: a region has few kinds of wrong labels
+# Labels that are all moved in one way, as by pair noise, are explained as well by the moved classes
+# at the rate of the mistakes. This many nats a row speak for the larger rate.
+_FAVOUR = 0.05
+_BLOCK = 1 << 22  # numbers [n, classes] in one go
+
+
+def surviving_labels(
+    graph: Graph, voter: Tensor, num_classes: int, region: int, spread: tuple[int, ...]
+) -> tuple[Tensor, float]:
+    """A class for every row and the survival rate.
+
+    Args:
+        graph: neighbours, at least as many as ``region`` and the largest of ``spread``.
+        voter: [n] int64, the given labels; -1 for those that are not to be counted.
+        num_classes: C, >= 1.
+        region: neighbours that make a region, >= 1.
+        spread: neighbours of each averaging, in order.
+
+    Returns:
+        int64 [n], and the rate in (0, 1); it is the share of the given labels that are right, as
+        far as their regions are of one class.
+    """
+    if num_classes == 1:
+        return torch.zeros_like(voter), RATES[-1]
+    counts = _Regions(graph, voter, num_classes, region)
+    best, chosen, chosen_rate = -float("inf"), voter, RATES[-1]
+    for rate in (r for r in RATES if r >= 1.0 / num_classes):
+        label, likelihood = counts.label(rate, spread)
+        kept = counts.kept(label)
+        # Without its own support a rate explains every region by a class that is not there.
+        merit = likelihood + _FAVOUR * rate
+        if rate / 2 <= kept <= rate * 2 and merit > best:
+            best, chosen, chosen_rate = merit, label, rate
+    for _ in range(_REFINEMENTS):
+        chosen_rate = min(max(counts.kept(chosen), RATES[0]), RATES[-1])
+        chosen, _ = counts.label(chosen_rate, spread)
+    return chosen, chosen_rate
+
+
+class _Regions:
+    """Counts of the given labels around every row."""
+
+    def __init__(self, graph: Graph, voter: Tensor, num_classes: int, region: int) -> None:
+        n = len(graph)
+        self._graph, self._voter, self._num_classes = graph, voter, num_classes
+        self._region = region
+        width = max(1, _BLOCK // n)  # classes at a time
+        self._blocks = [
+            torch.arange(start, min(start + width, num_classes), device=voter.device)
+            for start in range(0, num_classes, width)
+        ]
+        self._size = torch.zeros(n, 1, dtype=torch.float64, device=voter.device)
+        self._everything = torch.zeros_like(self._size)  # the sum over all classes
+        for block in self._blocks:
+            count = self._count(block)
+            self._size += count.sum(dim=1, keepdim=True)
+            self._everything += _log_rising(_SPARSITY, count).sum(dim=1, keepdim=True)
+
+    def _count(self, block: Tensor) -> Tensor:
+        own = (self._voter[:, None] == block).float()
+        return self._graph.total(own, self._region).double()
+
+    def label(self, rate: float, spread: tuple[int, ...]) -> tuple[Tensor, float]:
+        """The likeliest class of every row at this rate, and the mean of its log-likelihood."""
+        best = torch.full_like(self._voter, -float("inf"), dtype=torch.float32)
+        label = torch.zeros_like(self._voter)
+        for block in self._blocks:
+            mean = self._likelihood(block, rate)
+            for k in spread:
+                mean = self._graph.mean(mean, k)
+            value, at = mean.max(dim=1)
+            better = value > best
+            best = torch.where(better, value, best)
+            label = torch.where(better, block[at], label)
+        return label, float(best.double().mean())
+
+    def _likelihood(self, block: Tensor, rate: float) -> Tensor:
+        count = self._count(block)
+        others = self._size - count
+        right, wrong = rate * _CONCENTRATION, (1.0 - rate) * _CONCENTRATION
+        log = _log_rising(right, count) + _log_rising(wrong, others)
+        log -= _log_rising(_CONCENTRATION, self._size)
+        log += self._everything - _log_rising(_SPARSITY, count)
+        log -= _log_rising(_SPARSITY * (self._num_classes - 1), others)
+        return (log / self._size.clamp_min(1.0)).float()
+
+    def kept(self, label: Tensor) -> float:
+        """Share of the given labels that agree with ``label``."""
+        counted = self._voter >= 0
+        return int((label == self._voter)[counted].sum()) / max(1, int(counted.sum()))
+
+
+def _log_rising(start: float, count: Tensor) -> Tensor:
+    """log Γ(start + count) / Γ(start)."""
+    base = torch.lgamma(torch.tensor(start, dtype=torch.float64, device=count.device))
+    return torch.lgamma(count + start) - base
