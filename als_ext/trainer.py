@@ -268,7 +268,7 @@ class Trainer:
         if not rest:
             return known, None
         positions = as_labels(rest[0], n=len(x), num_classes=n, name="clean positions")
-        if len(positions.unique()) < len(positions):
+        if len(torch.unique(positions)) < len(positions):
             raise ValueError("clean positions: expected each once, got one twice")
         return known, positions.to(self.device)
 

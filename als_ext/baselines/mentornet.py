@@ -186,7 +186,7 @@ class MentorNetDD(MentorNetPD, name="mentornet-dd"):
             mentor,
             (loss, loss - middle, torch.full((len(loss),), self.learned_at)),
             (given == self.task.clean[1]).float().cpu(),
-            steps=500,
+            steps=100,  # of 500, 60 clean blobs were memorised: AUC on the others 0.92, not 0.97
             batch=min(len(loss), 256),
             generator=torch.Generator().manual_seed(config.seed),
         )
