@@ -1,6 +1,7 @@
 """Reweighting and robust training: what each source defines, and the effect that it promises."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from torch.func import functional_call
 from als_ext import TrainConfig
 from als_ext.baselines import ELR, L2RW, CoTeaching, MentorNetDD, MentorNetPD, mentor
 from als_ext.baselines.co_teaching import small_loss_weight
+from als_ext.cli import main
+from als_ext.cli.inputs import clean_subset, load_run_data
+from als_ext.cli.run import DEFAULTS
 from als_ext.methods import METHODS, Task
 from als_ext.models import MLP
 
@@ -408,3 +412,27 @@ def test_clean_samples_that_do_not_fit_are_refused(clean, message):
     x, given, true = blobs(n=60)
     with pytest.raises(ValueError, match=message):
         trainer("erm").fit(x, given, clean=clean(x, true))
+
+
+def test_the_command_line_gives_clean_samples_and_settings(capsys):
+    words = ["run", "--method", "mentornet-dd,l2rw,co-teaching", "--epochs", "3", "--json"]
+    more = ["--clean-per-class", "5", "--setting", "noise_rate=0.4", "--threads", "1"]
+    assert main([*words, *more]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for method in ("mentornet-dd", "l2rw", "co-teaching"):
+        assert result[method]["test_accuracy"] > 0.6  # 0.1 is chance
+    assert main(["run", "--method", "co-teaching"]) == 2
+    assert "noise_rate: expected the share of wrong labels" in capsys.readouterr().err
+    assert main(["run", "--method", "l2rw"]) == 2
+    assert "clean-per-class: expected >= 1 for l2rw" in capsys.readouterr().err
+
+
+def test_the_clean_subset_is_where_it_says():
+    settings = {**DEFAULTS, "noise": "symmetric:0.4"}
+    data = load_run_data(settings)
+    x, labels, rows = clean_subset(data, 4, seed=1)
+    assert torch.equal(x, data.x_train[rows])
+    assert torch.equal(labels, data.true_labels[rows])
+    assert labels.bincount().tolist() == [4] * 10
+    assert len(rows.unique()) == 40
+    assert (data.given_labels[rows] != labels).any()  # they keep the labels that they were given

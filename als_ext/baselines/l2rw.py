@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from als_ext.methods import ERM, Task
+from als_ext.methods import ERM
 from als_ext.ops import sample_loss, weighted_loss
 from als_ext.ops._checks import check_int
 
@@ -47,7 +47,7 @@ class L2RW(ERM, name="l2rw"):
         the clean gradient. One forward-mode pass gives it for all samples, beside the losses, so a
         step is a forward and a backward pass of the clean batch and, of the batch, a forward pass
         with tangents and a backward pass; alpha cancels in w. The operations of the model need
-        derivatives in forward mode.
+        derivatives in forward mode, and the tangents about double the memory of the activations.
         Batch normalisation takes the statistics of the batch in both passes, as in the source;
         its running statistics see the training batches only. The clean pass is float32 under amp
         too: no gradient scaler looks after its gradient.
@@ -67,7 +67,9 @@ class L2RW(ERM, name="l2rw"):
 
     def clean_gradient(self) -> dict[str, Tensor]:
         """Gradient of the mean loss of a random clean batch, by the name of the parameter."""
-        model, (x, label) = self.task.model, _clean(self.task)
+        model, clean = self.task.model, self.task.clean
+        assert clean is not None  # the Trainer has seen to it
+        x, label = clean
         chosen = torch.randperm(len(label), device=label.device)[: self.settings.clean_batch]
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -93,8 +95,3 @@ class L2RW(ERM, name="l2rw"):
         self.optimizer.zero_grad()
         self.amp.backward_and_step(total, self.optimizer)
         return losses.detach()
-
-
-def _clean(task: Task) -> tuple[Tensor, Tensor]:
-    assert task.clean is not None  # the Trainer has seen to it
-    return task.clean
