@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from als_ext import TrainConfig
 from als_ext.baselines import ELR, L2RW, CoTeaching, MentorNetDD, MentorNetPD, mentor
@@ -79,6 +80,31 @@ def test_the_callers_generator_stays_where_it_is(method):
     torch.set_rng_state(before)
     MLP((FEATURES,), CLASSES)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails at operations whose result the host waits for."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        waiting = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select}
+        assert operation.overloadpacket not in waiting, operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ROBUST)
+def test_a_step_does_not_wait_for_the_device(method, monkeypatch):
+    operator = sys.modules["als_ext.ops.weighted_loss"]
+    monkeypatch.setattr(operator, "values_readable", lambda _: False)  # it looks on a CPU only
+    given = task(method, **NEEDED.get(method, {}))
+    trained = METHODS[method](given)
+    x, index = given.collect(lambda x: x)[:10], torch.arange(10)
+    trained.step(x, given.labels[:10], index)
+    trained.after_epoch(1, torch.rand(40))  # MentorNet DD has learned
+    with NothingRead():
+        trained.step(x, given.labels[:10], index)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            x.sum().item()
 
 
 # L2RW
