@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from als_ext import TrainConfig
-from als_ext.baselines import ELR, L2RW, CoTeaching, MentorNetDD, MentorNetPD, mentor
+from als_ext.baselines import ELR, L2RW, CoTeaching, MentorNetDD, MentorNetPD
+from als_ext.baselines import _mentor as mentor
 from als_ext.baselines.co_teaching import small_loss_weight
 from als_ext.cli import main
 from als_ext.cli.inputs import clean_subset, load_run_data

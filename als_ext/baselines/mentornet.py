@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from als_ext.baselines.mentor import PERCENT, Mentor, fit, new_mentor, predefined_mentor
+from als_ext.baselines._mentor import PERCENT, Mentor, fit, new_mentor, predefined_mentor
 from als_ext.config import TrainConfig
 from als_ext.methods import ERM, Task
 from als_ext.metrics import Record
@@ -51,7 +51,7 @@ class MentorNetPD(ERM, name="mentornet-pd"):
     r"""The mean of v_i f_i, with v_i from a network that learned a predefined curriculum.
 
     Its features are the loss f_i, f_i minus the moving average of the batch's percentile of losses,
-    and the percent of the run that is over. It learned (:func:`predefined_curriculum`): every
+    and the percent of the run that is over. It learned (``predefined_curriculum``): every
     sample in the first 18 percent, then those below the average (self-paced learning), at the end
     weights that fall linearly above it. A random share of each batch is left out.
 

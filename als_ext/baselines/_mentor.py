@@ -84,7 +84,7 @@ def fit(
     """Teach weights ``target`` [m] for ``features`` (losses, excesses, percents), each [m].
 
     Cross entropy where all targets are 0 or 1, else squared error; Adam with the published learning
-    rate of 0.1, here with a half cosine to 0 over fewer, larger steps. The weights stay on the CPU.
+    rate of 0.1, here with a half cosine to 0 over fewer, larger steps. All of it is on the CPU.
     """
     binary = bool(((target == 0) | (target == 1)).all())
     optimizer = torch.optim.Adam(mentor.parameters(), lr=0.1, fused=True)
