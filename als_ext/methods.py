@@ -35,6 +35,8 @@ class Task:
             mode and without gradients, and joins what it gives.
         clean: inputs [m, ...] and labels int64 [m] that are known to be right, on ``device``; None
             where nobody gave any.
+        clean_index: int64 [m] on ``device``, where these samples are in the training set; None
+            where nobody said.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Task:
     device: torch.device
     collect: Callable[[Callable[[Tensor], Tensor]], Tensor]
     clean: tuple[Tensor, Tensor] | None = None
+    clean_index: Tensor | None = None
 
     def embeddings(self) -> Tensor:
         """Embeddings float32 [n, D] of all training samples, in order, on ``device``."""

@@ -122,7 +122,7 @@ class Trainer:
         test: tuple[Tensor, Tensor] | Dataset[Any] | None = None,
         true_labels: Tensor | None = None,
         plain: Dataset[Any] | None = None,
-        clean: tuple[Tensor, Tensor] | None = None,
+        clean: tuple[Tensor, ...] | None = None,
         resume: bool = False,
     ) -> TrainResult:
         """Train for ``config.epochs`` epochs; twice that for methods that train twice.
@@ -137,7 +137,8 @@ class Trainer:
             plain: for a Dataset with random augmentation, the same samples in the same order
                 without it: embeddings are taken from these.
             clean: inputs [m, ...] and labels int64 [m] that are known to be right, for the methods
-                that need some.
+                that need some; as a third element int64 [m], their positions in the training set,
+                for those that need to know which they are.
             resume: go on from ``out/checkpoint.pt``; without that file start from the beginning.
 
         Returns:
@@ -192,7 +193,7 @@ class Trainer:
         test: tuple[Tensor, Tensor] | Dataset[Any] | None,
         true_labels: Tensor | None,
         plain: Dataset[Any] | None,
-        clean: tuple[Tensor, Tensor] | None,
+        clean: tuple[Tensor, ...] | None,
     ) -> None:
         config, device = self.config, self.device
         source = IndexedDataset(data, labels)
@@ -225,16 +226,7 @@ class Trainer:
             )
             test = (test[0], test_labels)
         self._test = test
-        if clean is not None:
-            clean_labels = as_labels(
-                clean[1], n=len(clean[0]), num_classes=self.num_classes, name="clean labels"
-            )
-            clean = (clean[0].to(device), clean_labels.to(device))
-        if self._kind.needs_clean and (clean is None or not len(clean[0])):
-            raise ValueError(
-                f"clean: expected samples whose labels are known to be right, which "
-                f"{config.method} needs, got none"
-            )
+        known, positions = self._check_clean(clean, n)
         self._method = self._kind(
             Task(
                 model=self.model.to(device),
@@ -243,7 +235,8 @@ class Trainer:
                 labels=self._batches.labels,
                 device=device,
                 collect=self._collect,
-                clean=clean,
+                clean=known,
+                clean_index=positions,
             )
         )
         self._losses = torch.zeros(n, device=device)
@@ -251,6 +244,33 @@ class Trainer:
         self._elapsed = 0.0  # seconds of the runs that this one resumes
         digest = hashlib.sha256(self._given.numpy().tobytes()).hexdigest()
         self._identity = {"samples": n, "labels sha256": digest}
+
+    def _check_clean(
+        self, clean: tuple[Tensor, ...] | None, n: int
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Inputs and labels of the clean samples, and their positions, on the device."""
+        if self._kind.needs_clean and (clean is None or not len(clean[0])):
+            raise ValueError(
+                f"clean: expected samples whose labels are known to be right, which "
+                f"{self.config.method} needs, got none"
+            )
+        if clean is None:
+            return None, None
+        if len(clean) not in (2, 3):
+            raise ValueError(
+                f"clean: expected inputs, labels and perhaps positions, got {len(clean)} elements"
+            )
+        x, labels, *rest = clean
+        labels = as_labels(labels, n=len(x), num_classes=self.num_classes, name="clean labels").to(
+            self.device
+        )
+        known = (x.to(self.device), labels)
+        if not rest:
+            return known, None
+        positions = as_labels(rest[0], n=len(x), num_classes=n, name="clean positions")
+        if len(torch.unique(positions)) < len(positions):
+            raise ValueError("clean positions: expected each once, got one twice")
+        return known, positions.to(self.device)
 
     def _open(self, resume: bool) -> dict[str, Any] | None:
         """Check and make the folder; the checkpoint to go on from, if there is one."""

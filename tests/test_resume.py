@@ -61,6 +61,7 @@ def fit(run, source=None, labels=None, **arguments):
         given if labels is None else labels,
         test=(x, true),
         true_labels=true,
+        clean=(x[:30], true[:30], torch.arange(30)),
         **arguments,
     )
 
@@ -135,6 +136,11 @@ def test_a_resumed_correction_run_is_the_unbroken_one(tmp_path, step):
         {"method": "also", "amp": "f16"},
         {"method": "also", "also": {"mode": "descent-ascent"}},
         {"method": "als-lc", "also": {"direction": "min"}},
+        {"method": "co-teaching", "settings": {"noise_rate": 0.3}},
+        {"method": "elr"},
+        {"method": "l2rw", "settings": {"clean_batch": 10}},
+        {"method": "mentornet-dd"},
+        {"method": "mentornet-pd"},
     ],
     ids=str,
 )

@@ -116,8 +116,8 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return (train - mean) / scale, (test - mean) / scale
 
 
-def clean_subset(data: RunData, per_class: int, seed: int) -> tuple[Tensor, Tensor] | None:
-    """``per_class`` random training samples of every class with their true labels.
+def clean_subset(data: RunData, per_class: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``per_class`` random training samples of every class, their true labels, their positions.
 
     The samples stay in the training set with the labels that they were given there.
 
@@ -139,7 +139,7 @@ def clean_subset(data: RunData, per_class: int, seed: int) -> tuple[Tensor, Tens
         )
     starts = sizes.cumsum(0) - sizes
     rows = order[(starts[:, None] + torch.arange(per_class)).flatten()]
-    return data.x_train[rows], true[rows]
+    return data.x_train[rows], true[rows], rows
 
 
 def method_settings(methods: list[str], words: list[str]) -> dict[str, dict[str, Any]]:
