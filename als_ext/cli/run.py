@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -15,34 +14,21 @@ from rich.table import Table
 from als_ext import __version__
 from als_ext.checkpoint import check_same_settings
 from als_ext.cli.inputs import RunData, clean_subset, load_run_data, method_settings
-from als_ext.config import TrainConfig
+from als_ext.cli.training import (
+    DEFAULTS,
+    check_methods,
+    describe,
+    figures,
+    fit,
+    make_trainer,
+    use_threads,
+)
 from als_ext.data import write_labels
 from als_ext.io import atomic_write_text
-from als_ext.methods import METHODS
-from als_ext.metrics import Record
-from als_ext.models import MLP, MODELS, build_model
-from als_ext.ops._checks import check_choice, check_int
-from als_ext.trainer import Trainer, TrainResult
+from als_ext.models import MODELS
+from als_ext.ops._checks import check_int
+from als_ext.trainer import TrainResult
 
-DEFAULTS: dict[str, Any] = {
-    "dataset": "digits",
-    "data_dir": None,
-    "noise": None,
-    "labels": None,
-    "method": ["erm", "als-lc"],
-    "setting": [],
-    "clean_per_class": 0,
-    "model": "auto",
-    "embedding": None,
-    "epochs": None,
-    "batch_size": None,
-    "lr": None,
-    "warmup": None,
-    "period": None,
-    "seed": 0,
-    "device": "auto",
-    "amp": "off",
-}
 SETTINGS_FILE, RESULT_FILE = "run.json", "result.json"
 COLUMNS = {  # keys of the JSON object under a method's name -> headings of the table
     "test_accuracy": "test accuracy",
@@ -154,48 +140,38 @@ def run(
     }
     given = {name: value for name, value in given.items() if value is not None}
     settings = _settings(given, out, resume)
-    for name in settings["method"]:
-        check_choice("method", name, METHODS)
-    if len(set(settings["method"])) < len(settings["method"]):
-        raise ValueError(f"method: expected each once, got {', '.join(settings['method'])}")
     check_int("seed", settings["seed"], low=0)
     check_int("clean-per-class", settings["clean_per_class"], low=0)
+    check_methods(settings["method"], settings["clean_per_class"])
+    if len(set(settings["method"])) < len(settings["method"]):
+        raise ValueError(f"method: expected each once, got {', '.join(settings['method'])}")
     own = method_settings(settings["method"], settings["setting"])
     if threads is not None:
         check_int("threads", threads, low=1)
-    for name in settings["method"]:
-        if METHODS[name].needs_clean and not settings["clean_per_class"]:
-            raise ValueError(
-                f"clean-per-class: expected >= 1 for {name}, which needs labels known to be right, "
-                "got 0"
-            )
     data = load_run_data(settings)
     clean = clean_subset(data, settings["clean_per_class"], settings["seed"])
     trainers = {
-        name: _trainer(
-            name, settings, own[name], data, out, quiet, checkpoint_seconds, checkpoint_steps
+        name: make_trainer(
+            name,
+            settings,
+            own[name],
+            data,
+            out=None if out is None else out / name,
+            progress=False if quiet else None,
+            checkpoint_seconds=checkpoint_seconds,
+            checkpoint_steps=checkpoint_steps,
         )
         for name in settings["method"]
     }
-    if threads is None and all(isinstance(t.model, MLP) for t in trainers.values()):
-        threads = 1  # its steps are shorter than waiting for a second thread on a busy machine
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads, trainers.values())
     if out is not None and not resume:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / SETTINGS_FILE, {"version": __version__, "settings": settings})
-    result = _describe(settings, data, next(iter(trainers.values())))
+    result = describe(settings, data, next(iter(trainers.values())))
     try:
         for name, trainer in trainers.items():
-            done = trainer.fit(
-                data.x_train,
-                data.given_labels,
-                test=data.test,
-                true_labels=data.true_labels,
-                clean=clean,
-                resume=resume,
-            )
-            result[name] = _figures(done)
+            done = fit(trainer, data, clean, resume=resume)
+            result[name] = figures(done)
             if out is not None:
                 _write_labels(out / name, done, data)
     except KeyboardInterrupt:
@@ -230,63 +206,6 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
         raise ValueError(f"resume: {file} is damaged ({type(error).__name__})") from error
     check_same_settings({name: saved.get(name) for name in given}, given)
     return {**DEFAULTS, **saved}
-
-
-def _trainer(
-    name: str,
-    settings: dict[str, Any],
-    own: dict[str, Any],
-    data: RunData,
-    out: Path | None,
-    quiet: bool,
-    checkpoint_seconds: float,
-    checkpoint_steps: int | None,
-) -> Trainer:
-    chosen = ("epochs", "batch_size", "lr", "warmup", "period", "seed", "device", "amp")
-    config = TrainConfig.recommended(
-        len(data.given_labels),
-        method=name,
-        settings=own,
-        embedding=settings["embedding"],
-        checkpoint_seconds=checkpoint_seconds,
-        checkpoint_steps=checkpoint_steps,
-        **{key: settings[key] for key in chosen if settings[key] is not None},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])  # every method starts from the same weights
-        model = build_model(settings["model"], data.x_train.shape[1:], data.num_classes)
-    return Trainer(
-        model,
-        config,
-        num_classes=data.num_classes,
-        out=None if out is None else out / name,
-        progress=False if quiet else None,
-    )
-
-
-def _describe(settings: dict[str, Any], data: RunData, trainer: Trainer) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "dataset": settings["dataset"],
-        "samples": len(data.given_labels),
-        "noise": data.noise,
-        "noise_rate": data.noise_rate,
-        "clean_per_class": settings["clean_per_class"],
-        "model": type(trainer.model).__name__,
-        "epochs": trainer.config.epochs,
-        "seed": trainer.config.seed,
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _figures(done: TrainResult) -> Record:
-    return {
-        "test_accuracy": done.test_accuracy,
-        **done.label_metrics,
-        "seconds": round(done.seconds, 3),
-        "relabelled": int((done.labels != done.given_labels).sum()),
-    }
 
 
 def _write_labels(folder: Path, done: TrainResult, data: RunData) -> None:
@@ -325,8 +244,8 @@ def _print_table(result: dict[str, Any], methods: list[str]) -> None:
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
     for name in methods:
-        figures = result[name]
-        cells = ["–" if figures[key] is None else f"{figures[key]:.4f}" for key in COLUMNS]
-        cells[-1] = f"{figures['seconds']:.1f}"
+        found = result[name]
+        cells = ["–" if found[key] is None else f"{found[key]:.4f}" for key in COLUMNS]
+        cells[-1] = f"{found['seconds']:.1f}"
         table.add_row(name, *cells)
     Console().print(table)
