@@ -13,6 +13,7 @@ from rich.table import Table
 
 from als_ext import __version__
 from als_ext.checkpoint import check_same_settings
+from als_ext.cli import options
 from als_ext.cli.inputs import RunData, clean_subset, load_run_data, method_settings
 from als_ext.cli.training import (
     DEFAULTS,
@@ -25,7 +26,6 @@ from als_ext.cli.training import (
 )
 from als_ext.data import write_labels
 from als_ext.io import atomic_write_text
-from als_ext.models import MODELS
 from als_ext.ops._checks import check_int
 from als_ext.trainer import TrainResult
 
@@ -47,9 +47,7 @@ def run(
             help="digits, mnist, fashion-mnist, npz:FILE or folder:DIR.", show_default="digits"
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the idx files of mnist and fashion-mnist.")
-    ] = None,
+    data_dir: options.DataDir = None,
     noise: Annotated[
         str | None,
         typer.Option(
@@ -60,62 +58,31 @@ def run(
     labels: Annotated[
         Path | None, typer.Option(help="Labels to train on (json, csv, npy, npz), for --noise.")
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Names (als-ext info lists them): repeat it or give a comma list.",
-            show_default="erm,als-lc",
-        ),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=VALUE of the methods that have it, as in q=0.7. Repeat it."),
-    ] = None,
-    clean_per_class: Annotated[
-        int | None,
-        typer.Option(
-            help="Samples of each class whose true label a method may know, if it needs some.",
-            show_default="0",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help=", ".join(MODELS) + ".", show_default="auto")
-    ] = None,
-    embedding: Annotated[
-        str | None,
-        typer.Option(help="Layer that gives the embedding.", show_default="the model's own"),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(show_default="by size of the data")] = None,
-    batch_size: Annotated[int | None, typer.Option(show_default="by size of the data")] = None,
-    lr: Annotated[float | None, typer.Option(show_default="by size of the data")] = None,
-    warmup: Annotated[
-        int | None,
-        typer.Option(help="Epochs before the first correction.", show_default="by size"),
-    ] = None,
-    period: Annotated[
-        int | None, typer.Option(help="Epochs between corrections.", show_default="by size")
-    ] = None,
+    method: options.Methods = None,
+    setting: options.Setting = None,
+    clean_per_class: options.CleanPerClass = None,
+    model: options.Model = None,
+    embedding: options.Embedding = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    warmup: options.Warmup = None,
+    period: options.Period = None,
     seed: Annotated[int | None, typer.Option(show_default="0")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu or cuda[:N].", show_default="auto")
-    ] = None,
-    amp: Annotated[str | None, typer.Option(help="off, bf16 or f16.", show_default="off")] = None,
+    device: options.Device = None,
+    amp: options.AmpMode = None,
     out: Annotated[
         Path | None,
         typer.Option(help="New folder for metrics, checkpoints, labels. Without it no file."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(help="Seconds between checkpoints inside an epoch.")
-    ] = 60.0,
+    checkpoint_seconds: options.CheckpointSeconds = 60.0,
     checkpoint_steps: Annotated[
         int | None, typer.Option(help="Steps between them, beside the seconds.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="1 for the mlp, else torch's")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object, only.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Train on wrong labels and correct them; without any option on bundled digits, in seconds."""
     names = None if method is None else [m.strip() for words in method for m in words.split(",")]
