@@ -21,6 +21,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from als_ext import __version__
+from als_ext.cli.display import Display
 from als_ext.cli.inputs import clean_subset, load_run_data
 from als_ext.cli.training import describe, figures, fit, make_trainer, use_threads
 from als_ext.compare.figures import cell_figures
@@ -59,7 +60,7 @@ class Job:
     checkpoint_seconds: float
 
 
-def train(job: Job, progress: bool | Progress | None = False) -> Result:
+def train(job: Job, progress: bool | Progress = False) -> Result:
     """Train a cell, or what is left of it, and keep what the plots need in its folder."""
     torch.set_num_threads(job.usual_threads)
     data = load_run_data(job.settings)
@@ -101,7 +102,7 @@ def _embeddings(trainer: Trainer, x: Tensor) -> Tensor:
     return torch.cat([embed(part.to(trainer.device)) for part in torch.split(x, _MAP_BATCH)])
 
 
-def attempt(job: Job, progress: bool | Progress | None = False) -> Result:
+def attempt(job: Job, progress: bool | Progress = False) -> Result:
     """``train``, or what went wrong: one line in the result, the traceback in the folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     for left_over in job.folder.glob(".*.tmp"):  # of a killed process
@@ -126,18 +127,19 @@ def drop_checkpoint(folder: Path) -> None:
 
 
 def results_of(
-    jobs: Sequence[Job], processes: int, progress: bool | Progress | None
+    jobs: Sequence[Job], processes: int, display: Display
 ) -> Generator[tuple[Job, Result], None, None]:
     """Train all, and give each result as soon as it is there.
 
     Args:
         jobs: the cells.
         processes: how many at a time; 1 trains in this process, one after the other.
-        progress: gets the bar of the cell that is being trained in this process.
+        display: shows the cell that is being trained in this process.
     """
     if processes == 1:
         for job in jobs:
-            yield job, attempt(job, progress)
+            display.started(job.cell)
+            yield job, attempt(job, display.bars or False)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     waiting = list(reversed(jobs))
@@ -181,13 +183,14 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def _work(pipe: Connection, job: Job) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    pipe.send(attempt(job))
-
-
-def _end_with_parent() -> None:
-    """Without this a killed comparison would leave processes behind that train on."""
+    """Train in a process of its own, which ends as soon as its parent is killed."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent is None or not parent.is_alive():
+        return  # killed before this one had started: another comparison may be at work by now
+
+    def end_with_parent() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    pipe.send(attempt(job))

@@ -33,7 +33,7 @@ from als_ext.compare.store import (
 )
 from als_ext.compare.tables import csv_text, json_object, markdown
 from als_ext.io import atomic_write_text
-from als_ext.ops._checks import check_choice, check_int
+from als_ext.ops._checks import check_choice, check_float, check_int
 
 _FAILURE = 1
 
@@ -113,15 +113,19 @@ def compare(
         _report(out, results, embedding_map, json, quiet)
         return 0
     check_int("jobs", jobs, low=1)
+    check_float("checkpoint-seconds", checkpoint_seconds, low=0.0, open_low=True)
     if threads is not None:
         check_int("threads", threads, low=1)
     from_file = {} if grid is None else read_grid_file(grid, SETTINGS)
-    whole = grid_of({**from_file, **given}, setting or [], read_grid(out))
+    saved = read_grid(out)
+    whole = grid_of({**from_file, **given}, setting or [], saved)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
+        if read_grid(out) != saved:
+            raise ValueError(f"out: expected {out} to stay as it was, got changes while starting")
         store = Store(out, whole)
         _train(store, out, jobs, threads, checkpoint_seconds, keep_checkpoints, quiet)
-        results = list(store.results.values())
+        results = store.ordered
         _report(out, results, embedding_map, json, quiet)
     failures = sum(result["status"] == "failed" for result in results)
     if failures:
@@ -143,9 +147,8 @@ def _train(
     quiet: bool,
 ) -> None:
     grid = store.grid
-    usual = torch.get_num_threads()
-    if processes > 1:
-        usual = max(1, (os.cpu_count() or 1) // processes)
+    before = torch.get_num_threads()
+    usual = before if processes == 1 else max(1, (os.cpu_count() or 1) // processes)
     todo = [
         Job(
             cell=cell,
@@ -165,20 +168,20 @@ def _train(
         for cell in store.pending
     ]
     display = Display(len(todo), quiet)
-    results = results_of(todo, processes, display.bars or False)
+    results = results_of(todo, processes, display)
     try:
         with contextlib.closing(results), display:  # closing ends the processes
             for job, result in results:
                 store.add(job.cell, result)
                 if result["status"] == "done" and not keep_checkpoints:
                     drop_checkpoint(job.folder)
-                _write_tables(out, list(store.results.values()))
+                _write_tables(out, store.ordered)
                 display.finished(job.cell, result)
     except KeyboardInterrupt:
         print(f"als-ext: go on with: als-ext compare --out {out}", file=sys.stderr)
         raise
     finally:
-        torch.set_num_threads(usual)
+        torch.set_num_threads(before)
 
 
 def _write_tables(out: Path, results: Sequence[Result]) -> None:

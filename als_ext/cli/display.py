@@ -7,10 +7,26 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from als_ext.compare.grid import Cell
 from als_ext.compare.store import Result
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """rich's own, which forgets what took longer than half a minute; or a task's own text."""
+
+    def render(self, task: Task) -> Text:
+        """The text of the column."""
+        return Text(task.fields["left"]) if "left" in task.fields else super().render(task)
 
 
 class Display:
@@ -30,12 +46,11 @@ class Display:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                _TimeLeft(),
                 console=Console(stderr=True),
                 transient=True,
-                speed_estimate_period=float("inf"),  # a cell may take longer than rich looks back
             )
-            self._cells = self.bars.add_task("cells", total=total)
+            self._cells = self.bars.add_task("cells", total=total, left="")
 
     def __enter__(self) -> Display:
         if self.bars is not None:
@@ -51,19 +66,22 @@ class Display:
         if self.bars is not None:
             self.bars.stop()
 
+    def started(self, cell: Cell) -> None:
+        """Show which cell is being trained."""
+        if self.bars is not None:
+            self.bars.update(self._cells, description=str(cell))
+
     def finished(self, cell: Cell, result: Result) -> None:
-        """Say what became of a cell."""
+        """Say what became of a cell, and how long the others may take."""
         self._done += 1
-        if self._quiet:
-            return
+        spent = time.monotonic() - self._started
+        left = _duration(spent / self._done * (self._total - self._done))
         line = f"[{self._done}/{self._total}] {cell}: {_outcome(result)}"
         if self.bars is not None:
-            self.bars.advance(self._cells)
+            self.bars.update(self._cells, completed=self._done, left=f"about {left}")
             self.bars.console.print(line, markup=False, highlight=False)
-            return
-        spent = time.monotonic() - self._started
-        left = spent / self._done * (self._total - self._done)
-        print(f"{line}; about {_duration(left)} left", file=sys.stderr, flush=True)
+        elif not self._quiet:
+            print(f"{line}; about {left} left", file=sys.stderr, flush=True)
 
 
 def _outcome(result: Result) -> str:
@@ -75,6 +93,7 @@ def _outcome(result: Result) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"

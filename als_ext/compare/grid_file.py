@@ -46,6 +46,12 @@ def read_grid_file(path: Path, options: tuple[str, ...]) -> dict[str, Any]:
     tables = found.get(_OF_METHODS, {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise ValueError("settings: expected a table for each method, as in [settings.gce]")
+    methods = found.get("method", [])
+    if strange := sorted(tables.keys() - set(methods)):
+        raise ValueError(
+            f"settings: expected the names of methods in {path} ({', '.join(methods) or 'none'}), "
+            f"got {strange[0]!r}"
+        )
     return found
 
 

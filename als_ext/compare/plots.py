@@ -21,7 +21,7 @@ from als_ext.io import atomic_open
 from als_ext.metrics import FILES
 from als_ext.ops._checks import check_choice
 
-MAPS = ("pca", "tsne")
+MAPS = {"pca": "principal components", "tsne": "t-SNE"}
 # Okabe and Ito's colours, told apart by colour-blind readers; later methods get dashed lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.")
@@ -124,7 +124,7 @@ def _accuracy(
             linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
             linewidth=1.2,
             label=method,
-            gid=f"line {method}",
+            gid=f"line-{slug(method)}",
         )
         if len(curves) > 1:
             std = values.std(axis=0, ddof=1)
@@ -210,7 +210,16 @@ def _map(axis: Any, samples: Samples, projection: str) -> None:
     truth = samples.get("true", samples["given"])
     wrong, left = _wrong(samples)[rows], (samples["labels"] != truth)[rows]
     size = {"s": 4, "linewidths": 0, "rasterized": True}  # 5,000 vector dots are a slow page
-    axis.scatter(points[:, 0], points[:, 1], c=truth[rows], cmap="tab20", alpha=0.5, **size)
+    axis.scatter(
+        points[:, 0],
+        points[:, 1],
+        c=truth[rows],
+        cmap="tab20",
+        vmin=0,
+        vmax=truth.max(),
+        alpha=0.5,
+        **size,
+    )
     marks = (("corrected", wrong & ~left, "#777777"), ("wrong in the end", left, "#D00000"))
     for name, chosen, colour in marks:
         if chosen.any():
@@ -223,7 +232,7 @@ def _map(axis: Any, samples: Samples, projection: str) -> None:
                 rasterized=True,
                 label=f"{name}: {int(chosen.sum())} of {len(rows)}",
             )
-    axis.set(xticks=[], yticks=[], xlabel=f"embedding, {projection}")
+    axis.set(xticks=[], yticks=[], xlabel=f"embedding, {MAPS[projection]}")
     if wrong.any() or left.any():
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
 

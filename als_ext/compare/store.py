@@ -102,11 +102,15 @@ class Store:
         """Cells that are not done: new ones and failed ones."""
         return [c for c in self.grid.cells if self.results.get(c, {}).get("status") != "done"]
 
+    @property
+    def ordered(self) -> list[Result]:
+        """The results in the order of the grid."""
+        return [self.results[cell] for cell in self.grid.cells if cell in self.results]
+
     def add(self, cell: Cell, result: Result) -> None:
         """Write the result of a cell, over one of an earlier try."""
         self.results[cell] = dict(zip(_NAMES, astuple(cell), strict=True)) | result
-        ordered = [self.results[c] for c in self.grid.cells if c in self.results]
-        lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in ordered)
+        lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.ordered)
         atomic_write_text(self._file, lines, overwrite=True)
 
 
