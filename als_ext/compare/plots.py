@@ -87,7 +87,7 @@ def _save(figure: Any, stem: Path) -> list[Path]:
     for path in files:
         metadata = {"Date": None} if path.suffix == ".svg" else None  # the same bytes each time
         with atomic_open(path, overwrite=True) as file:
-            figure.savefig(file, format=path.suffix[1:], metadata=metadata, bbox_inches="tight")
+            figure.savefig(file, format=path.suffix[1:], metadata=metadata)
     return files
 
 
