@@ -25,6 +25,7 @@ from als_ext.cli import main
 from als_ext.compare.grid import Cell, Variant, make_grid
 from als_ext.compare.store import Store, locked, read_results
 from als_ext.methods import ERM
+from als_ext.methods import METHODS as REGISTRY
 from als_ext.metrics import detection_metrics
 from als_ext.progress import ProgressBar
 
@@ -386,6 +387,31 @@ def test_where_the_truth_is_unknown_nothing_is_said_about_labels(tmp_path, own_f
         assert line[name] is None
         assert name not in result["rows"][0]["figures"]
     assert len(list((tmp_path / "out" / "plots").iterdir())) == 6
+
+
+def test_a_method_that_only_drops_samples_is_measured_as_a_detector(tmp_path, dropping):
+    done("--out", tmp_path / "grid", "--method", dropping, *QUICK)
+    (line,) = lines(tmp_path / "grid")
+    assert line["detected"] == 100
+    assert line["detection_precision"] == pytest.approx(line["detection_recall"] * 575 / 100)
+    assert line["relabelled"] == 0
+    words = ["--method", dropping, "--out", tmp_path / "run", "--epochs", "1"]
+    assert run(*words, command="run")[0] == 0
+    report = (tmp_path / "run" / dropping / "report.csv").read_text().splitlines()
+    assert report[0] == "index,old,new,suspect"
+    assert sum(row.endswith(",1") for row in report[1:]) == 100
+
+
+@pytest.fixture
+def dropping(no_plots):
+    """A method that suspects the first hundred samples and changes nothing."""
+
+    class Dropping(ERM, name="dropping"):
+        def report(self):
+            return {"suspect": torch.arange(len(self.task.labels)) < 100}
+
+    yield "dropping"
+    del REGISTRY["dropping"]
 
 
 @pytest.mark.usefixtures("no_plots")

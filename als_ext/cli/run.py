@@ -180,20 +180,20 @@ def _write_labels(folder: Path, done: TrainResult, data: RunData) -> None:
     if done.report is None:
         return
     write_labels(folder / "labels.npy", done.labels, overwrite=True)
-    files = data.files or None
-    rows = ["index,old,new,share,margin,suspect" + (",file" if files else "")]
+    names = [name for name in ("share", "margin", "suspect") if name in done.report]
+    rows = [",".join(["index", "old", "new", *names, *(["file"] if data.files else [])])]
     columns = zip(
         data.source_index.tolist(),
         done.given_labels.tolist(),
         done.labels.tolist(),
-        done.report["share"].tolist(),
-        done.report["margin"].tolist(),
-        done.report["suspect"].tolist(),
+        *(done.report[name].float().tolist() for name in names),
         strict=True,
     )
-    for row, (index, old, new, share, margin, suspect) in enumerate(columns):
-        line = f"{index},{old},{new},{share:.6g},{margin:.6g},{int(suspect)}"
-        rows.append(f"{line},{json_module.dumps(files[row])}" if files else line)
+    for row, values in enumerate(columns):
+        line = ",".join(
+            f"{value:.6g}" if isinstance(value, float) else f"{value}" for value in values
+        )
+        rows.append(f"{line},{json_module.dumps(data.files[row])}" if data.files else line)
     atomic_write_text(folder / "report.csv", "\n".join(rows) + "\n", overwrite=True)
 
 
