@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ from als_ext.compare.samples import SAMPLES_FILE, load_samples
 from als_ext.compare.store import CELLS_FOLDER, PLOTS_FOLDER
 from als_ext.io import atomic_open
 from als_ext.metrics import FILES
-from als_ext.ops._checks import check_choice
 
 MAPS = {"pca": "principal components", "tsne": "t-SNE"}
 # Okabe and Ito's colours, told apart by colour-blind readers; later methods get dashed lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.")
+_COLUMNS = 4  # of panels
 _CLEAN, _WRONG = "#0072B2", "#D55E00"
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "als_ext", "font.size": 9, "axes.grid": True}
 _STYLE |= {"grid.linewidth": 0.3, "legend.frameon": False, "savefig.dpi": 150}
@@ -42,7 +44,7 @@ def draw(folder: Path, cells: Sequence[Cell], projection: str = "pca") -> list[P
     Args:
         folder: that of the comparison; the plots go to ``plots`` in it.
         cells: the finished ones.
-        projection: "pca" or "tsne" (about a minute for each map of 5,000 samples on a CPU).
+        projection: one of ``MAPS``.
 
     Returns:
         The files. What a cell's folder lacks is left out.
@@ -50,35 +52,26 @@ def draw(folder: Path, cells: Sequence[Cell], projection: str = "pca") -> list[P
     Raises:
         ImportError: matplotlib is not installed.
     """
-    check_choice("map", projection, MAPS)
-    if not can_plot():
-        raise ImportError("plots need matplotlib: pip install 'als_ext[plots]'")
     import matplotlib as mpl
 
     methods = list(dict.fromkeys(cell.method for cell in cells))  # the same colour in every plot
     written: list[Path] = []
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
-        for cell in {(c.dataset, c.noise): c for c in cells}.values():
-            group = [c for c in cells if (c.dataset, c.noise) == (cell.dataset, cell.noise)]
-            title = f"{cell.dataset}, {cell.noise}"
-            name = slug(cell.dataset, cell.noise)
-            for kind, plot in _plots(folder, group, methods, projection).items():
-                figure = plot(title)
+        for dataset, noise in dict.fromkeys((cell.dataset, cell.noise) for cell in cells):
+            group = [cell for cell in cells if (cell.dataset, cell.noise) == (dataset, noise)]
+            samples = _first_seeds(folder, group)
+            with_pi = {method: mine for method, mine in samples.items() if "log_pi" in mine}
+            title = f"{dataset}, {noise}"
+            figures = {
+                "accuracy": _accuracy(folder, group, methods, title),
+                "pi": _panels(with_pi, _histogram, title),
+                "map": _panels(samples, partial(_map, projection=projection), title),
+            }
+            for kind, figure in figures.items():
                 if figure is not None:
-                    written += _save(figure, folder / PLOTS_FOLDER / f"{kind}_{name}")
+                    stem = f"{kind}_{slug(dataset, noise)}"
+                    written += _save(figure, folder / PLOTS_FOLDER / stem)
     return written
-
-
-def _plots(
-    folder: Path, group: Sequence[Cell], methods: Sequence[str], projection: str
-) -> dict[str, Callable[[str], Any]]:
-    return {
-        "accuracy": lambda title: _accuracy(folder, group, methods, title),
-        "pi": lambda title: _panels(_with_pi(folder, group), _histogram, title),
-        "map": lambda title: _panels(
-            _first_seeds(folder, group), lambda axis, s: _map(axis, s, projection), title
-        ),
-    }
 
 
 def _save(figure: Any, stem: Path) -> list[Path]:
@@ -91,14 +84,19 @@ def _save(figure: Any, stem: Path) -> list[Path]:
     return files
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure without pyplot: nothing global, no display."""
+def _figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure without pyplot, so nothing global and no display, and its panels of that size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    columns = min(panels, _COLUMNS)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for surplus in axes[panels:]:
+        figure.delaxes(surplus)
+    return figure, axes[:panels]
 
 
 # ---- accuracy over epochs ----------------------------------------------------------------------
@@ -163,16 +161,12 @@ def _first_seeds(folder: Path, group: Sequence[Cell]) -> dict[str, Samples]:
     return found
 
 
-def _with_pi(folder: Path, group: Sequence[Cell]) -> dict[str, Samples]:
-    return {m: samples for m, samples in _first_seeds(folder, group).items() if "log_pi" in samples}
-
-
 def _panels(
     samples: dict[str, Samples], panel: Callable[[Any, Samples], None], title: str
 ) -> Any | None:
     if not samples:
         return None
-    figure, axes = _figure(len(samples), 3.4 * len(samples), 3.2)
+    figure, axes = _figure(len(samples), 3.4, 3.2)
     for axis, (method, mine) in zip(axes, samples.items(), strict=True):
         panel(axis, mine)
         axis.set_title(method)
