@@ -74,6 +74,39 @@ def label_metrics(given: Tensor, corrected: Tensor, true: Tensor | None) -> Reco
     }
 
 
+def detection_metrics(detected: Tensor, given: Tensor, true: Tensor) -> Record:
+    r"""Measure a search for wrong labels.
+
+    .. math:: P = \frac{|D \cap W|}{|D|}, \qquad R = \frac{|D \cap W|}{|W|}, \qquad
+              F_1 = \frac{2 |D \cap W|}{|D| + |W|}, \qquad
+              W = \{i: \tilde y_i \ne y_i\}
+
+    with the detected samples :math:`D`, the given labels :math:`\tilde y` and the true :math:`y`.
+
+    Args:
+        detected: bool [n], samples whose label is taken to be wrong.
+        given: int64 [n], the labels given.
+        true: int64 [n].
+
+    Returns:
+        detection_precision, detection_recall, detection_f1, each in [0, 1], None where there is
+        nothing to divide by; and detected, the number of them.
+
+    Example:
+        >>> given, true = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 0, 1])
+        >>> detection_metrics(torch.tensor([True, True, False, False]), given, true)["detection_f1"]
+        0.5
+    """
+    wrong = given != true
+    hits, sizes = int((detected & wrong).sum()), int(detected.sum()) + int(wrong.sum())
+    return {
+        "detection_precision": _share(wrong, detected),
+        "detection_recall": _share(detected, wrong),
+        "detection_f1": 2 * hits / sizes if sizes else None,
+        "detected": int(detected.sum()),
+    }
+
+
 class MetricsWriter:
     """Keeps ``metrics.jsonl`` and ``metrics.csv`` of a folder: one line an epoch.
 

@@ -15,12 +15,18 @@ class ProgressBar:
     Args:
         title: stands left of the bar.
         total: number of steps.
-        enabled: None shows it where stderr is a terminal.
+        enabled: None shows it where stderr is a terminal; a display that runs already gets the bar
+            until the end of the context.
     """
 
-    def __init__(self, title: str, total: int, enabled: bool | None = None) -> None:
+    def __init__(self, title: str, total: int, enabled: bool | Progress | None = None) -> None:
         self._title = title
         self._bar: Progress | None = None
+        self._shared = isinstance(enabled, Progress)
+        if isinstance(enabled, Progress):
+            self._bar = enabled
+            self._task = enabled.add_task(title, total=total)
+            return
         if not (sys.stderr.isatty() if enabled is None else enabled):
             return  # a disabled bar of rich prints an empty line all the same in some versions
         self._bar = Progress(
@@ -34,7 +40,7 @@ class ProgressBar:
         self._task = self._bar.add_task(title, total=total)
 
     def __enter__(self) -> ProgressBar:
-        if self._bar is not None:
+        if self._bar is not None and not self._shared:
             self._bar.start()
         return self
 
@@ -44,7 +50,11 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
+        if self._bar is None:
+            return
+        if self._shared:
+            self._bar.remove_task(self._task)
+        else:
             self._bar.stop()
 
     def step_to(self, done: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,6 +31,7 @@ from als_ext.metrics import FIELDS, FILES, MetricsWriter, Record, label_metrics
 from als_ext.ops._checks import check_choice, check_int
 from als_ext.progress import ProgressBar
 from als_ext.runtime import reproducible, resolve_device, rng_state, set_rng_state
+from als_ext.weights import SampleWeights
 
 # The activations of a larger batch are more than malloc keeps: on a CPU each is paged in anew.
 _EVAL_BATCH = 256
@@ -48,6 +50,10 @@ class TrainResult:
             relabels (:func:`als_ext.metrics.label_metrics`); None where undefined.
         report: per-sample tensors [n] of the last correction: share, margin, suspect; None for
             a method that corrects nothing.
+        losses: float32 [n] on the CPU, the latest training loss of each sample against the label
+            that it had then, nats.
+        log_pi: float32 [n] on the CPU, log π after the last epoch, nats; None for a method whose
+            optimizer has no :class:`als_ext.SampleWeights`.
         test_accuracy: after the LAST epoch, in [0, 1]; None without test samples.
         seconds: training time, pauses between resumes left out.
     """
@@ -57,6 +63,8 @@ class TrainResult:
     history: list[Record]
     label_metrics: Record
     report: dict[str, Tensor] | None
+    losses: Tensor
+    log_pi: Tensor | None
     test_accuracy: float | None
     seconds: float
 
@@ -70,7 +78,8 @@ class Trainer:
         num_classes: C, >= 2.
         out: folder for ``checkpoint.pt``, ``metrics.jsonl`` and ``metrics.csv``; made if it is not
             there. None writes nothing.
-        progress: show a bar on stderr; None shows it where stderr is a terminal.
+        progress: show a bar on stderr; None shows it where stderr is a terminal; a display of rich
+            gets it as one more.
 
     Raises:
         ValueError: an unknown method, device or embedding layer.
@@ -98,7 +107,7 @@ class Trainer:
         *,
         num_classes: int,
         out: str | os.PathLike[str] | None = None,
-        progress: bool | None = None,
+        progress: bool | Progress | None = None,
     ) -> None:
         self.config = TrainConfig() if config is None else config
         check_choice("method", self.config.method, METHODS)
@@ -395,12 +404,15 @@ class Trainer:
 
     def _result(self) -> TrainResult:
         labels = self._batches.labels.cpu().clone()
+        weights: SampleWeights | None = getattr(self._method.optimizer, "weights", None)
         return TrainResult(
             labels=labels,
             given_labels=self._given,
             history=self._history,
             label_metrics=label_metrics(self._given, labels, self._true),
             report=self._method.report(),
+            losses=self._losses.cpu(),
+            log_pi=None if weights is None else weights.log_pi().cpu(),
             test_accuracy=self._history[-1]["test_accuracy"],
             seconds=self._history[-1]["seconds"] or 0.0,
         )

@@ -324,7 +324,7 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch, tmp_path):
     def interrupt(*_arguments, **_named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("als_ext.cli.run.Trainer.fit", interrupt)
+    monkeypatch.setattr("als_ext.trainer.Trainer.fit", interrupt)
     code, out, err = run(capsys, "run", "--out", tmp_path / "run")
     assert (code, out) == (130, "")
     assert f"go on with: als-ext run --out {tmp_path / 'run'} --resume" in err

@@ -22,6 +22,7 @@ LAYERS = [  # a module may import from layers below its own, never from above
     {"methods"},
     {"baselines"},
     {"trainer"},
+    {"compare"},
     {"cli"},
 ]
 

@@ -1,4 +1,4 @@
-"""The command line ``als-ext``: run, correct, info."""
+"""The command line ``als-ext``: run, compare, correct, info."""
 
 from als_ext.cli.app import main
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from als_ext.cli.compare import compare
 from als_ext.cli.correct import correct
 from als_ext.cli.info import info
 from als_ext.cli.run import run
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(run)
+app.command()(compare)
 app.command()(correct)
 app.command()(info)
 

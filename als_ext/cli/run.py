@@ -7,42 +7,28 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from als_ext import __version__
 from als_ext.checkpoint import check_same_settings
+from als_ext.cli import options
 from als_ext.cli.inputs import RunData, clean_subset, load_run_data, method_settings
-from als_ext.config import TrainConfig
+from als_ext.cli.training import (
+    DEFAULTS,
+    check_methods,
+    describe,
+    figures,
+    fit,
+    make_trainer,
+    use_threads,
+)
 from als_ext.data import write_labels
 from als_ext.io import atomic_write_text
-from als_ext.methods import METHODS
-from als_ext.metrics import Record
-from als_ext.models import MLP, MODELS, build_model
-from als_ext.ops._checks import check_choice, check_int
-from als_ext.trainer import Trainer, TrainResult
+from als_ext.ops._checks import check_int
+from als_ext.trainer import TrainResult
 
-DEFAULTS: dict[str, Any] = {
-    "dataset": "digits",
-    "data_dir": None,
-    "noise": None,
-    "labels": None,
-    "method": ["erm", "als-lc"],
-    "setting": [],
-    "clean_per_class": 0,
-    "model": "auto",
-    "embedding": None,
-    "epochs": None,
-    "batch_size": None,
-    "lr": None,
-    "warmup": None,
-    "period": None,
-    "seed": 0,
-    "device": "auto",
-    "amp": "off",
-}
 SETTINGS_FILE, RESULT_FILE = "run.json", "result.json"
 COLUMNS = {  # keys of the JSON object under a method's name -> headings of the table
     "test_accuracy": "test accuracy",
@@ -61,9 +47,7 @@ def run(
             help="digits, mnist, fashion-mnist, npz:FILE or folder:DIR.", show_default="digits"
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the idx files of mnist and fashion-mnist.")
-    ] = None,
+    data_dir: options.DataDir = None,
     noise: Annotated[
         str | None,
         typer.Option(
@@ -74,62 +58,31 @@ def run(
     labels: Annotated[
         Path | None, typer.Option(help="Labels to train on (json, csv, npy, npz), for --noise.")
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Names (als-ext info lists them): repeat it or give a comma list.",
-            show_default="erm,als-lc",
-        ),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=VALUE of the methods that have it, as in q=0.7. Repeat it."),
-    ] = None,
-    clean_per_class: Annotated[
-        int | None,
-        typer.Option(
-            help="Samples of each class whose true label a method may know, if it needs some.",
-            show_default="0",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help=", ".join(MODELS) + ".", show_default="auto")
-    ] = None,
-    embedding: Annotated[
-        str | None,
-        typer.Option(help="Layer that gives the embedding.", show_default="the model's own"),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(show_default="by size of the data")] = None,
-    batch_size: Annotated[int | None, typer.Option(show_default="by size of the data")] = None,
-    lr: Annotated[float | None, typer.Option(show_default="by size of the data")] = None,
-    warmup: Annotated[
-        int | None,
-        typer.Option(help="Epochs before the first correction.", show_default="by size"),
-    ] = None,
-    period: Annotated[
-        int | None, typer.Option(help="Epochs between corrections.", show_default="by size")
-    ] = None,
+    method: options.Methods = None,
+    setting: options.Setting = None,
+    clean_per_class: options.CleanPerClass = None,
+    model: options.Model = None,
+    embedding: options.Embedding = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    warmup: options.Warmup = None,
+    period: options.Period = None,
     seed: Annotated[int | None, typer.Option(show_default="0")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu or cuda[:N].", show_default="auto")
-    ] = None,
-    amp: Annotated[str | None, typer.Option(help="off, bf16 or f16.", show_default="off")] = None,
+    device: options.Device = None,
+    amp: options.AmpMode = None,
     out: Annotated[
         Path | None,
         typer.Option(help="New folder for metrics, checkpoints, labels. Without it no file."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(help="Seconds between checkpoints inside an epoch.")
-    ] = 60.0,
+    checkpoint_seconds: options.CheckpointSeconds = 60.0,
     checkpoint_steps: Annotated[
         int | None, typer.Option(help="Steps between them, beside the seconds.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="1 for the mlp, else torch's")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object, only.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Train on wrong labels and correct them; without any option on bundled digits, in seconds."""
     names = None if method is None else [m.strip() for words in method for m in words.split(",")]
@@ -154,48 +107,38 @@ def run(
     }
     given = {name: value for name, value in given.items() if value is not None}
     settings = _settings(given, out, resume)
-    for name in settings["method"]:
-        check_choice("method", name, METHODS)
-    if len(set(settings["method"])) < len(settings["method"]):
-        raise ValueError(f"method: expected each once, got {', '.join(settings['method'])}")
     check_int("seed", settings["seed"], low=0)
     check_int("clean-per-class", settings["clean_per_class"], low=0)
+    check_methods(settings["method"], settings["clean_per_class"])
+    if len(set(settings["method"])) < len(settings["method"]):
+        raise ValueError(f"method: expected each once, got {', '.join(settings['method'])}")
     own = method_settings(settings["method"], settings["setting"])
     if threads is not None:
         check_int("threads", threads, low=1)
-    for name in settings["method"]:
-        if METHODS[name].needs_clean and not settings["clean_per_class"]:
-            raise ValueError(
-                f"clean-per-class: expected >= 1 for {name}, which needs labels known to be right, "
-                "got 0"
-            )
     data = load_run_data(settings)
     clean = clean_subset(data, settings["clean_per_class"], settings["seed"])
     trainers = {
-        name: _trainer(
-            name, settings, own[name], data, out, quiet, checkpoint_seconds, checkpoint_steps
+        name: make_trainer(
+            name,
+            settings,
+            own[name],
+            data,
+            out=None if out is None else out / name,
+            progress=False if quiet else None,
+            checkpoint_seconds=checkpoint_seconds,
+            checkpoint_steps=checkpoint_steps,
         )
         for name in settings["method"]
     }
-    if threads is None and all(isinstance(t.model, MLP) for t in trainers.values()):
-        threads = 1  # its steps are shorter than waiting for a second thread on a busy machine
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads, trainers.values())
     if out is not None and not resume:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / SETTINGS_FILE, {"version": __version__, "settings": settings})
-    result = _describe(settings, data, next(iter(trainers.values())))
+    result = describe(settings, data, next(iter(trainers.values())))
     try:
         for name, trainer in trainers.items():
-            done = trainer.fit(
-                data.x_train,
-                data.given_labels,
-                test=data.test,
-                true_labels=data.true_labels,
-                clean=clean,
-                resume=resume,
-            )
-            result[name] = _figures(done)
+            done = fit(trainer, data, clean, resume=resume)
+            result[name] = figures(done)
             if out is not None:
                 _write_labels(out / name, done, data)
     except KeyboardInterrupt:
@@ -232,82 +175,25 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
     return {**DEFAULTS, **saved}
 
 
-def _trainer(
-    name: str,
-    settings: dict[str, Any],
-    own: dict[str, Any],
-    data: RunData,
-    out: Path | None,
-    quiet: bool,
-    checkpoint_seconds: float,
-    checkpoint_steps: int | None,
-) -> Trainer:
-    chosen = ("epochs", "batch_size", "lr", "warmup", "period", "seed", "device", "amp")
-    config = TrainConfig.recommended(
-        len(data.given_labels),
-        method=name,
-        settings=own,
-        embedding=settings["embedding"],
-        checkpoint_seconds=checkpoint_seconds,
-        checkpoint_steps=checkpoint_steps,
-        **{key: settings[key] for key in chosen if settings[key] is not None},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])  # every method starts from the same weights
-        model = build_model(settings["model"], data.x_train.shape[1:], data.num_classes)
-    return Trainer(
-        model,
-        config,
-        num_classes=data.num_classes,
-        out=None if out is None else out / name,
-        progress=False if quiet else None,
-    )
-
-
-def _describe(settings: dict[str, Any], data: RunData, trainer: Trainer) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "dataset": settings["dataset"],
-        "samples": len(data.given_labels),
-        "noise": data.noise,
-        "noise_rate": data.noise_rate,
-        "clean_per_class": settings["clean_per_class"],
-        "model": type(trainer.model).__name__,
-        "epochs": trainer.config.epochs,
-        "seed": trainer.config.seed,
-        "device": str(trainer.device),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _figures(done: TrainResult) -> Record:
-    return {
-        "test_accuracy": done.test_accuracy,
-        **done.label_metrics,
-        "seconds": round(done.seconds, 3),
-        "relabelled": int((done.labels != done.given_labels).sum()),
-    }
-
-
 def _write_labels(folder: Path, done: TrainResult, data: RunData) -> None:
     """The corrected labels, and the report that says which were changed and why."""
     if done.report is None:
         return
     write_labels(folder / "labels.npy", done.labels, overwrite=True)
-    files = data.files or None
-    rows = ["index,old,new,share,margin,suspect" + (",file" if files else "")]
+    names = [name for name in ("share", "margin", "suspect") if name in done.report]
+    rows = [",".join(["index", "old", "new", *names, *(["file"] if data.files else [])])]
     columns = zip(
         data.source_index.tolist(),
         done.given_labels.tolist(),
         done.labels.tolist(),
-        done.report["share"].tolist(),
-        done.report["margin"].tolist(),
-        done.report["suspect"].tolist(),
+        *(done.report[name].float().tolist() for name in names),
         strict=True,
     )
-    for row, (index, old, new, share, margin, suspect) in enumerate(columns):
-        line = f"{index},{old},{new},{share:.6g},{margin:.6g},{int(suspect)}"
-        rows.append(f"{line},{json_module.dumps(files[row])}" if files else line)
+    for row, values in enumerate(columns):
+        line = ",".join(
+            f"{value:.6g}" if isinstance(value, float) else f"{value}" for value in values
+        )
+        rows.append(f"{line},{json_module.dumps(data.files[row])}" if data.files else line)
     atomic_write_text(folder / "report.csv", "\n".join(rows) + "\n", overwrite=True)
 
 
@@ -325,8 +211,8 @@ def _print_table(result: dict[str, Any], methods: list[str]) -> None:
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
     for name in methods:
-        figures = result[name]
-        cells = ["–" if figures[key] is None else f"{figures[key]:.4f}" for key in COLUMNS]
-        cells[-1] = f"{figures['seconds']:.1f}"
+        found = result[name]
+        cells = ["–" if found[key] is None else f"{found[key]:.4f}" for key in COLUMNS]
+        cells[-1] = f"{found['seconds']:.1f}"
         table.add_row(name, *cells)
     Console().print(table)
