@@ -12,7 +12,7 @@ from als_ext import ops
 from als_ext.config import TrainConfig
 from als_ext.correction import CorrectionConfig
 from als_ext.correction.selection import choose_k, sample_graph, usable_candidates
-from als_ext.methods import ERM
+from als_ext.methods import ERM, Task
 from als_ext.ops._checks import check_int
 
 
@@ -44,7 +44,12 @@ class KnnFloor(ERM, name="knn-floor"):
 
     Settings = KnnFloorSettings
     trains = False
-    _space: tuple[Tensor, Tensor, Tensor, int] | None = None
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        if self.settings.k != "auto":
+            check_int("k", self.settings.k, low=1, high=len(task.labels))
+        self._space: tuple[Tensor, Tensor, Tensor, int] | None = None
 
     @classmethod
     def epochs(cls, config: TrainConfig) -> int:
