@@ -17,6 +17,7 @@ from als_ext import TrainConfig, Trainer
 from als_ext.baselines import DeepKnn, confident_learning, deep_knn
 from als_ext.baselines._kept import Kept
 from als_ext.correction import CorrectionConfig
+from als_ext.data import apply_noise
 from als_ext.methods import Task
 from als_ext.models import MLP
 
@@ -162,6 +163,26 @@ def test_early_stopping_beats_the_last_epoch(problem, erm):
         right = (one.model(x[held_out]).argmax(1) == given[held_out]).double().mean()
     assert float(right) == pytest.approx(method._accuracy)
     assert result.test_accuracy in [r["test_accuracy"] for r in result.history[:-1]]
+
+
+DRAWN = {  # what each draws from the run's seed
+    "erm-early-stop": lambda method: method._rows,
+    "confident-learning": lambda method: method._fold == 0,
+    "random-relabel": lambda method: method._rank < 100,
+}
+
+
+@pytest.mark.parametrize("method", DRAWN)
+def test_what_is_drawn_does_not_follow_the_noise(method):
+    """The noise comes from the same seed: one permutation for both held out wrong labels alone."""
+    pytest.importorskip("cleanlab")
+    x, _, true = blobs()
+    for seed in range(3):
+        given = apply_noise(true, "symmetric:0.4", num_classes=CLASSES, seed=seed).labels
+        one = trainer(method, epochs=2, config={"batch_size": 600, "warmup": 1, "seed": seed})
+        one.fit(x, given)
+        rate = float((given != true)[DRAWN[method](one._method)].double().mean())
+        assert abs(rate - 0.4) < 0.17, seed  # of 60 samples and more: 2.7 standard deviations
 
 
 def test_early_stopping_on_a_dataset_is_that_on_tensors(problem):

@@ -12,6 +12,7 @@ from als_ext.baselines._kept import Retrained
 from als_ext.config import TrainConfig
 from als_ext.methods import Task
 from als_ext.ops._checks import check_int
+from als_ext.runtime import derived_seed
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ConfidentLearning(Retrained, name="confident-learning"):
         n, folds = len(task.labels), self.settings.folds
         check_int("folds", folds, low=2, high=n)
         # Stratified: in this order samples of a class stand together, and folds take turns.
-        generator = torch.Generator().manual_seed(task.config.seed)
+        generator = torch.Generator().manual_seed(derived_seed(task.config.seed, "folds"))
         order = torch.randperm(n, generator=generator)
         order = order[task.labels.cpu()[order].argsort(stable=True)]
         self._fold = torch.empty_like(order)

@@ -16,6 +16,7 @@ from als_ext.correction import CorrectionConfig
 from als_ext.data.splits import stratified_split
 from als_ext.methods import ERM, Task
 from als_ext.ops._checks import check_int
+from als_ext.runtime import derived_seed
 
 _HELD_OUT = 0.3  # the source splits the clean set 70/30
 _BLOCK = 256  # clean samples of a forward pass without gradients
@@ -62,7 +63,8 @@ class DeepKnn(Retrained, name="deep-knn"):
             return
         if len(task.clean[1]) < 2:
             raise ValueError("clean: expected at least 2 samples for deep-knn, got 1")
-        seen, held = stratified_split(task.clean[1].cpu().numpy(), _HELD_OUT, task.config.seed)
+        seed = derived_seed(task.config.seed, "held out")
+        seen, held = stratified_split(task.clean[1].cpu().numpy(), _HELD_OUT, seed)
         self._seen, self._held = (torch.from_numpy(at).to(task.device) for at in (seen, held))
         alone = replace(task.config, settings={})
         self._rival = ERM(replace(task, model=copy.deepcopy(task.model), config=alone))

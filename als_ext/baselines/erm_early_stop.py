@@ -13,6 +13,7 @@ from als_ext.data.splits import stratified_split
 from als_ext.methods import Task
 from als_ext.metrics import Record
 from als_ext.ops._checks import check_float
+from als_ext.runtime import derived_seed
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class EarlyStop(Kept, name="erm-early-stop"):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        _, rows = stratified_split(
-            task.labels.cpu().numpy(), self.settings.validation_share, task.config.seed
-        )
+        seed = derived_seed(task.config.seed, "validation")
+        share = self.settings.validation_share
+        _, rows = stratified_split(task.labels.cpu().numpy(), share, seed)
         self._rows = torch.from_numpy(rows)
         self.keep[self._rows.to(task.device)] = False
         self._best: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from als_ext.correction import CorrectionResult
 from als_ext.correction.correct import correct
 from als_ext.methods import Also, Correcting, Task
+from als_ext.runtime import derived_seed
 
 
 class RandomRelabel(Correcting, Also, name="random-relabel"):
@@ -23,7 +24,7 @@ class RandomRelabel(Correcting, Also, name="random-relabel"):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._given = task.labels.clone()
-        generator = torch.Generator().manual_seed(task.config.seed)
+        generator = torch.Generator().manual_seed(derived_seed(task.config.seed, "suspects"))
         self._rank = torch.randperm(len(task.labels), generator=generator)
 
     def correction(self, epoch: int) -> CorrectionResult[Tensor]:
