@@ -1,5 +1,6 @@
 """The methods of the literature: their known effect on a problem small enough to see it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def test_each_baseline_is_registered_under_its_name():
     for name in baselines.__all__:
         method = getattr(baselines, name)
         assert METHODS[method.name] is method
+
+
+def test_each_baseline_has_its_section_in_alphabetical_order():
+    page = (Path(__file__).parents[1] / "docs" / "baselines.md").read_text()
+    sections = re.findall(r"^## (\S+)$", page, re.M)
+    assert sections == sorted(getattr(baselines, name).name for name in baselines.__all__)
 
 
 def test_a_name_cannot_be_taken_twice():
