@@ -14,8 +14,9 @@ sys.path.append(str(Path(__file__).parent))
 from blobs import CLASSES, blobs, train, trainer
 
 from als_ext import TrainConfig, Trainer
-from als_ext.baselines import DeepKnn, confident_learning, deep_knn
+from als_ext.baselines import DeepKnn, confident_learning, deep_knn, knn_relabel
 from als_ext.baselines._kept import Kept
+from als_ext.cli import main
 from als_ext.correction import CorrectionConfig
 from als_ext.data import apply_noise
 from als_ext.methods import Task
@@ -265,7 +266,7 @@ def test_deep_knn_with_clean_samples_drops_and_learns_better(problem, erm):
 def test_deep_knn_takes_the_logits_of_the_better_model(monkeypatch, noise):
     x, given, _ = blobs(n=300, rate=noise)
     clean_x, _, clean_y = blobs(n=12 if noise == 0 else 150, seed=2)
-    one = trainer("deep-knn", **FAST)
+    one = trainer("deep-knn", **FAST, k=30)
     right, seen = [], []
     count, vote = DeepKnn._right, deep_knn.plurality
 
@@ -286,6 +287,12 @@ def test_deep_knn_takes_the_logits_of_the_better_model(monkeypatch, noise):
     with torch.no_grad():
         expected = better(torch.cat([x, clean_x]))
     torch.testing.assert_close(seen[0], expected)
+    # The definition: k nearest by the logits, all labels, the sample itself left out.
+    distance = torch.cdist(seen[0].double(), seen[0].double()).fill_diagonal_(float("inf"))
+    nearest = distance.topk(30, largest=False).indices
+    label = torch.cat([given, clean_y])
+    winner = torch.nn.functional.one_hot(label[nearest], CLASSES).sum(1).argmax(1)
+    assert torch.equal(one._method.keep, (winner == label)[: len(given)])
 
 
 def test_deep_knn_refuses_what_cannot_vote():
@@ -338,11 +345,13 @@ def test_confident_learning_asks_networks_that_did_not_see_the_sample(problem, m
     assert torch.equal(one._method.keep, torch.from_numpy(probabilities.argmax(1) == labels))
 
 
-def test_confident_learning_says_what_is_missing(monkeypatch):
+def test_confident_learning_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cleanlab", None)
     monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
     with pytest.raises(ImportError, match=r"needs cleanlab: pip install 'als_ext\[cleanlab\]'"):
         trainer("confident-learning")
+    assert main(["run", "--method", "confident-learning"]) == 2
+    assert "pip install" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- relabelling ----------------------------------------------------------------------------
@@ -357,8 +366,15 @@ def test_knn_relabel_relabels_everyone(problem, erm):
     assert set(result.report) == {"share", "margin", "suspect"}
 
 
-def test_knn_relabel_corrects_at_the_epochs_of_als_lc_until_little_changes():
+def test_knn_relabel_corrects_at_the_epochs_of_als_lc_until_little_changes(monkeypatch):
     x, given, _ = blobs(n=150)
+    voters, vote = [], knn_relabel.plurality
+
+    def voting(embeddings, labels, *rest):
+        voters.append(labels)
+        return vote(embeddings, labels, *rest)
+
+    monkeypatch.setattr(knn_relabel, "plurality", voting)
     config = {
         "batch_size": 50,
         "warmup": 2,
@@ -368,6 +384,7 @@ def test_knn_relabel_corrects_at_the_epochs_of_als_lc_until_little_changes():
     result = trainer("knn-relabel", epochs=9, config=config).fit(x, given)
     due = [r["epoch"] for r in result.history if r["suspects"] is not None]
     assert due == [2, 5, 8]
+    assert all(torch.equal(labels, given) for labels in voters)  # never those that it has made
     config["correction"] = dataclasses.replace(config["correction"], stop_share=1.0)
     result = trainer("knn-relabel", epochs=9, config=config).fit(x, given)
     assert [r["epoch"] for r in result.history if r["suspects"] is not None] == [2]
@@ -381,6 +398,12 @@ def test_random_relabel_has_the_number_and_the_vote_but_not_the_choice_of_als_lc
     random, chosen = result.report["suspect"], als_lc.report["suspect"]
     assert abs(wrong_share(problem, random) - wrong_share(problem, random | True)) < 0.12
     assert wrong_share(problem, chosen) > 0.9
+    first = {"epochs": 3, "config": {**FAST["config"], "warmup": 2}}  # one correction
+    one, two = (trainer(m, **first).fit(*problem[:2]) for m in ("random-relabel", "als-lc"))
+    both = one.report["suspect"] & two.report["suspect"]
+    assert int(both.sum()) > 50
+    assert torch.equal(one.labels[both], two.labels[both])
+    assert torch.equal(one.report["share"], two.report["share"])
     after, best = (r.label_metrics["label_accuracy_after"] for r in (result, als_lc))
     assert after < best - 0.15  # 0.24 to 0.26 on three seeds
     assert result.test_accuracy < als_lc.test_accuracy - 0.05  # 0.14 to 0.15 on three seeds
