@@ -6,14 +6,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from als_ext.config import TrainConfig
-from als_ext.correction import CorrectionResult, LabelCorrector
+from als_ext.correction import LabelCorrector
 from als_ext.embedding import make_embedder
 from als_ext.metrics import Record
 from als_ext.ops import sample_loss, weighted_loss
@@ -244,6 +244,15 @@ class Also(Method, name="also"):
         self.optimizer.eval()
 
 
+class Relabels(NamedTuple):
+    """A correction of n labels; all tensors on one device."""
+
+    label: Tensor  # int64 [n], after it
+    suspect: Tensor  # bool [n], whether the label was in question
+    share: Tensor  # float32 [n], votes for the winner
+    margin: Tensor  # float32 [n], its lead
+
+
 class Correcting(Method):
     """Corrections of the labels: after ``warmup`` epochs, then every ``period`` but for the last.
 
@@ -269,8 +278,11 @@ class Correcting(Method):
             )
 
     @abstractmethod
-    def correction(self, epoch: int) -> CorrectionResult[Tensor]:
+    def relabels(self, epoch: int) -> Relabels:
         """One correction of ``task.labels``, which it leaves as they are."""
+
+    def relabelled(self, index: Tensor) -> None:
+        """What else changes with the labels of the samples int64 [m], on ``task.device``."""
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
@@ -278,16 +290,14 @@ class Correcting(Method):
         due = config.warmup <= epoch < config.epochs and not (epoch - config.warmup) % config.period
         if not due or self._converged:
             return {}
-        result = self.correction(epoch)
-        self.task.labels.copy_(result.new_label)
-        changed = int(result.changed.sum()) / len(result)
-        self._converged = changed < config.correction.stop_share
-        self._report = {
-            "share": result.share.cpu(),
-            "margin": result.margin.cpu(),
-            "suspect": result.suspect.cpu(),
-        }
-        return {"suspects": int(result.suspect.sum())}
+        labels = self.task.labels
+        label, suspect, share, margin = self.relabels(epoch)
+        changed = (label.to(labels.device) != labels).nonzero()[:, 0]
+        labels.copy_(label)
+        self.relabelled(changed.to(self.task.device))
+        self._converged = len(changed) / len(labels) < config.correction.stop_share
+        self._report = {"share": share.cpu(), "margin": margin.cpu(), "suspect": suspect.cpu()}
+        return {"suspects": int(suspect.sum())}
 
     def state_dict(self) -> dict[str, Any]:
         """What the class that trains keeps, and the last report."""
@@ -315,11 +325,14 @@ class AlsLc(Correcting, Also, name="als-lc"):
         super().__init__(task)
         self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
 
-    def correction(self, epoch: int) -> CorrectionResult[Tensor]:
+    def relabels(self, epoch: int) -> Relabels:
         """A step of the corrector."""
         result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
-        self.optimizer.weights.reset_(result.changed.nonzero()[:, 0])
-        return result
+        return Relabels(result.new_label, result.suspect, result.share, result.margin)
+
+    def relabelled(self, index: Tensor) -> None:
+        """pi of these samples starts again."""
+        self.optimizer.weights.reset_(index)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and pi, the corrector, the last report."""

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))
 from blobs import CLASSES, blobs, train, trainer
 
 from als_ext import TrainConfig, Trainer
-from als_ext.baselines import DeepKnn, confident_learning, deep_knn, knn_relabel
+from als_ext.baselines import DeepKnn, _neighbours, confident_learning, deep_knn, knn_relabel
 from als_ext.baselines._kept import Kept
 from als_ext.cli import main
 from als_ext.correction import CorrectionConfig
@@ -194,6 +194,30 @@ def test_early_stopping_on_a_dataset_is_that_on_tensors(problem):
     two = b.fit(TensorDataset(x, given), test=TensorDataset(*test))
     assert [r["test_accuracy"] for r in one.history] == [r["test_accuracy"] for r in two.history]
     assert a._method._accuracy == b._method._accuracy
+
+
+# ---- the choice of k ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [10_000, 150], ids=["all rows", "some rows"])
+def test_k_agrees_most_often_with_labels_that_it_did_not_see(monkeypatch, rows):
+    monkeypatch.setattr(_neighbours, "_SAMPLES", rows)
+    wide, given, _ = blobs(rate=0.5)
+    narrow = torch.arange(600.0)[:, None]  # stripes of 30: more neighbours are strangers
+    chosen = []
+    for x, label in ((wide, given), (narrow, torch.arange(600) // 30 % CLASSES)):
+        chosen.append(_neighbours.choose_k(x, label, CLASSES, "auto", "l2"))
+        asked = torch.arange(600)
+        if rows < 600:
+            asked = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:rows]
+        distance = torch.cdist(x.double(), x.double()).fill_diagonal_(float("inf"))[asked]
+        nearest = distance.argsort(dim=1, stable=True)
+        votes = torch.nn.functional.one_hot(label[nearest], CLASSES).cumsum(1)
+        candidates = (10, 20, 50, 100, 200)  # no more than samples of a class
+        agreement = [int((votes[:, k - 1].argmax(1) == label[asked]).sum()) for k in candidates]
+        assert chosen[-1] == candidates[agreement.index(max(agreement))]
+    assert chosen[0] >= 100
+    assert chosen[1] == 10
 
 
 # ---- knn-floor ------------------------------------------------------------------------------
@@ -402,8 +426,9 @@ def test_random_relabel_has_the_number_and_the_vote_but_not_the_choice_of_als_lc
     one, two = (trainer(m, **first).fit(*problem[:2]) for m in ("random-relabel", "als-lc"))
     both = one.report["suspect"] & two.report["suspect"]
     assert int(both.sum()) > 50
-    assert torch.equal(one.labels[both], two.labels[both])
-    assert torch.equal(one.report["share"], two.report["share"])
+    assert (one.labels[both] == two.labels[both]).double().mean() > 0.9  # 0.97 to 1
+    alone = ~one.report["suspect"]
+    assert torch.equal(one.labels[alone], problem[1][alone])
     after, best = (r.label_metrics["label_accuracy_after"] for r in (result, als_lc))
     assert after < best - 0.15  # 0.24 to 0.26 on three seeds
     assert result.test_accuracy < als_lc.test_accuracy - 0.05  # 0.14 to 0.15 on three seeds
@@ -440,13 +465,14 @@ def test_also_min_has_its_own_pi_settings():
         ("erm-early-stop", {"validation_share": 0.0}, ValueError, "validation_share: expected"),
         ("erm-early-stop", {"validation_share": 0.6}, ValueError, "validation_share: expected"),
         ("knn-floor", {"k": 0}, ValueError, "k: expected"),
-        ("knn-floor", {"k": "many"}, ValueError, "k: expected 'auto' or an int"),
+        ("knn-floor", {"k": "many"}, ValueError, "k: expected one of 'auto'"),
         ("knn-floor", {"components": 0}, ValueError, "components: expected"),
         ("deep-knn", {"k": 2.5}, TypeError, "k: expected an int"),
         ("confident-learning", {"folds": 1}, ValueError, "folds: expected"),
         ("also-min", {"pi_lr": 0.0}, ValueError, "pi_lr: expected"),
         ("also-min", {"pi_decay": -1.0}, ValueError, "pi_decay: expected"),
-        ("knn-relabel", {"k": 5}, ValueError, "it has none"),
+        ("knn-relabel", {"k": 0}, ValueError, "k: expected"),
+        ("random-relabel", {"k": 5}, ValueError, "it has none"),
     ],
 )
 def test_bad_settings_are_named(method, settings, error, message):

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from als_ext.baselines._kept import Retrained
-from als_ext.baselines._plurality import plurality
-from als_ext.correction import CorrectionConfig
+from als_ext.baselines._neighbours import check_k, plurality
 from als_ext.data.splits import stratified_split
 from als_ext.methods import ERM, Task
-from als_ext.ops._checks import check_int
 from als_ext.runtime import derived_seed
 
 _HELD_OUT = 0.3  # the source splits the clean set 70/30
@@ -27,14 +25,15 @@ class DeepKnnSettings:
     """Settings of :class:`DeepKnn`.
 
     Args:
-        k: neighbours that vote, in [1, n - 1], or "auto", as als-lc chooses. The source fixes k and
-            finds that the result depends little on it.
+        k: neighbours that vote, in [1, n - 1], or "auto": of 10 to 500 the number whose vote agrees
+            most often with the given labels. The source fixes k and finds that the result depends
+            little on it.
     """
 
     k: int | str = "auto"
 
     def __post_init__(self) -> None:
-        CorrectionConfig(k=self.k)
+        check_k(self.k)
 
 
 class DeepKnn(Retrained, name="deep-knn"):
@@ -56,8 +55,7 @@ class DeepKnn(Retrained, name="deep-knn"):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        if self.settings.k != "auto":
-            check_int("k", self.settings.k, low=1, high=len(task.labels) - 1)
+        check_k(self.settings.k, len(task.labels) - 1)
         self._rival: ERM | None = None
         if task.clean is None:
             return
@@ -118,8 +116,7 @@ class DeepKnn(Retrained, name="deep-knn"):
         if clean is not None:
             logits = torch.cat([logits, self._logits(model, clean[0])])
             label = torch.cat([label, clean[1]])
-        config = replace(task.config.correction, k=self.settings.k, metric="l2")
-        vote = plurality(logits, label, label, task.num_classes, config)
+        vote = plurality(logits, label, task.num_classes, self.settings.k, "l2")
         return (vote.winner == label)[: len(task.labels)]
 
     def _right(self, model: nn.Module) -> int:

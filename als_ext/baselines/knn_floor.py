@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from als_ext import ops
+from als_ext.baselines._neighbours import check_k, choose_k
 from als_ext.config import TrainConfig
-from als_ext.correction import CorrectionConfig
-from als_ext.correction.selection import choose_k, sample_graph, usable_candidates
 from als_ext.methods import ERM, Task
 from als_ext.ops._checks import check_int
 
@@ -21,8 +20,8 @@ class KnnFloorSettings:
     """Settings of :class:`KnnFloor`.
 
     Args:
-        k: neighbours that vote, in [1, n], or "auto": the candidate of ``config.correction`` whose
-            vote agrees most often with the given labels (leave-one-out), as als-lc chooses.
+        k: neighbours that vote, in [1, n], or "auto": of 10 to 500 the number whose vote agrees
+            most often with the given labels, each left out of its own vote.
         components: principal components of the flattened inputs, >= 1; all D where D is less.
     """
 
@@ -30,7 +29,7 @@ class KnnFloorSettings:
     components: int = 50
 
     def __post_init__(self) -> None:
-        CorrectionConfig(k=self.k)
+        check_k(self.k)
         check_int("components", self.components, low=1)
 
 
@@ -47,8 +46,7 @@ class KnnFloor(ERM, name="knn-floor"):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        if self.settings.k != "auto":
-            check_int("k", self.settings.k, low=1, high=len(task.labels))
+        check_k(self.settings.k, len(task.labels))
         self._space: tuple[Tensor, Tensor, Tensor, int] | None = None
 
     @classmethod
@@ -72,15 +70,8 @@ class KnnFloor(ERM, name="knn-floor"):
         x = task.collect(lambda batch: batch.flatten(1))
         mean, axes = _principal_axes(x, self.settings.components)
         database = torch.cat([_project(part, mean, axes) for part in torch.split(x, _BLOCK)])
-        if self.settings.k != "auto":
-            return mean, axes, database, self.settings.k
-        config, n = task.config.correction, len(x)
-        candidates = usable_candidates(config.k_candidates, n, task.num_classes)
-        labels = task.labels.to(x.device)
-        sample = sample_graph(
-            database, candidates[-1], config.selection_size, config.seed, "l2", config.precision
-        )
-        k = choose_k(sample, labels, labels, task.num_classes, candidates)
+        label = task.labels.to(x.device)
+        k = choose_k(database, label, task.num_classes, self.settings.k, "l2")
         return mean, axes, database, k
 
 
