@@ -319,12 +319,33 @@ def test_deep_knn_takes_the_logits_of_the_better_model(monkeypatch, noise):
     assert torch.equal(one._method.keep, (winner == label)[: len(given)])
 
 
+def test_deep_knn_takes_known_samples_out_of_the_noisy_set(monkeypatch):
+    x, given, true = blobs(n=150)
+    rows = torch.arange(0, 150, 5)
+    voters, vote = [], deep_knn.plurality
+
+    def voting(logits, label, *rest):
+        voters.append(label)
+        return vote(logits, label, *rest)
+
+    monkeypatch.setattr(deep_knn, "plurality", voting)
+    one = trainer("deep-knn", epochs=3, config={"batch_size": 50})
+    result = one.fit(x, given, clean=(x[rows], true[rows], rows))
+    noisy = torch.ones(150, dtype=torch.bool)
+    noisy[rows] = False
+    assert torch.equal(voters[0], torch.cat([given.masked_fill(~noisy, -1), true[rows]]))
+    assert not one._method.keep[rows].any()
+    assert suspects(result) == [120 - int(one._method.keep.sum())]
+
+
 def test_deep_knn_refuses_what_cannot_vote():
     x, given, true = blobs(n=90)
     with pytest.raises(ValueError, match=r"k: expected in \[1, 89\], got 90"):
         train("deep-knn", given, x, (x, true), k=90)
     with pytest.raises(ValueError, match="clean: expected at least 2 samples for deep-knn, got 1"):
         trainer("deep-knn").fit(x, given, clean=(x[:1], true[:1]))
+    with pytest.raises(ValueError, match="clean positions: expected some other samples"):
+        trainer("deep-knn").fit(x, given, clean=(x, true, torch.arange(90)))
 
 
 # ---- confident-learning ---------------------------------------------------------------------

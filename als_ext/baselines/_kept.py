@@ -55,10 +55,15 @@ class Retrained(Kept):
 
     Every stage starts from the same first weights, with a fresh optimizer and the learning rates
     from the beginning.
+
+    Attributes:
+        stage: the number of the stage, from 0.
+        pool: bool [n], the samples to select from; all of them, unless a subclass takes some out.
     """
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
+        self.pool = torch.ones_like(self.keep)
         self.stage = 0
         self._first = {name: value.clone() for name, value in task.model.state_dict().items()}
         self._restart = False
@@ -80,20 +85,21 @@ class Retrained(Kept):
     @abstractmethod
     def select(self) -> Tensor:
         """Samples of the next stage, bool [n]; called in eval mode at the end of each but the last
-        stage, ``stage`` being its number, from 0."""
+        stage."""
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Select at the end of a stage; the last selection is what is recorded."""
         each, stages = self.task.config.epochs, self.stages(self.task.config)
         if epoch % each or epoch == stages * each:
             return {}
-        self.keep = self.select().to(self.task.device)
+        self.keep = self.select().to(self.task.device) & self.pool
         kept = int(self.keep.sum())
         if not kept:
             raise RuntimeError(f"{self.name}: expected samples to train on again, all were dropped")
         # The epoch's record shows the trained weights: they are replaced after it.
         self._restart = True
-        return {"suspects": len(self.keep) - kept} if epoch + each == stages * each else {}
+        dropped = int(self.pool.sum()) - kept
+        return {"suspects": dropped} if epoch + each == stages * each else {}
 
     def train_mode(self) -> None:
         """Begin the next stage if it is time."""

@@ -43,12 +43,13 @@ class DeepKnn(Retrained, name="deep-knn"):
     the sample itself left out, plurality of their labels; the last training starts from the same
     first weights as M.
 
-    With a clean set (``task.clean``) M is one of two models, trained side by side: on the noisy
-    samples and 70 % of the clean ones, or on those 70 % alone; the one that is right more often on
-    the other 30 % (the first if equal) gives the logits. All clean samples vote with their right
-    labels and take part in the last training. A batch of B samples brings as many clean ones, drawn
-    at random, as an epoch over the union would: B m / n in weight for m clean samples. The model of
-    the clean samples alone makes as many steps as the other, where the source gives no number.
+    With a clean set M is one of two models, trained side by side: on the noisy samples and 70 % of
+    the clean ones, or on those 70 % alone; the one that is right more often on the other 30 % (the
+    first if equal) gives the logits. All clean samples vote with their right labels and take part
+    in the last training; where their positions are known, they leave the noisy set. A batch of B
+    samples brings as many clean ones, drawn at random, as an epoch over the union would: B m / n in
+    weight for m clean samples. The model of the clean samples alone makes as many steps as the
+    other, where the source gives no number.
     """
 
     Settings = DeepKnnSettings
@@ -66,6 +67,12 @@ class DeepKnn(Retrained, name="deep-knn"):
         self._seen, self._held = (torch.from_numpy(at).to(task.device) for at in (seen, held))
         alone = replace(task.config, settings={})
         self._rival = ERM(replace(task, model=copy.deepcopy(task.model), config=alone))
+        if task.clean_index is not None:
+            self.pool[task.clean_index] = False
+            self.keep = self.pool.clone()
+        self._noisy = int(self.pool.sum())
+        if not self._noisy:
+            raise ValueError("clean positions: expected some other samples as well, got all")
 
     def batch(self, x: Tensor, label: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The kept samples of the batch and, if there are any, some clean ones."""
@@ -73,7 +80,7 @@ class DeepKnn(Retrained, name="deep-knn"):
         if self.task.clean is None:
             return x, label, weight
         count = len(self._seen) if self.stage == 0 else len(self.task.clean[1])
-        share = count * len(index) / len(self.task.labels)
+        share = count * len(index) / self._noisy
         clean_x, clean_label = self._draw(math.ceil(share))
         clean_weight = weight.new_full((len(clean_label),), share / len(clean_label))
         return (
@@ -112,7 +119,7 @@ class DeepKnn(Retrained, name="deep-knn"):
             if self._right(rival) > self._right(model):
                 model = rival
         logits = task.collect(lambda x: model(x).float())
-        label = task.labels.to(logits.device)
+        label = task.labels.to(logits.device).masked_fill(~self.pool, -1)  # no vote
         if clean is not None:
             logits = torch.cat([logits, self._logits(model, clean[0])])
             label = torch.cat([label, clean[1]])
