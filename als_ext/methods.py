@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ from als_ext.optim import ALSO
 from als_ext.runtime import Amp
 
 
+class Collect(Protocol):
+    """Applies a function to training samples, in eval mode and without gradients."""
+
+    def __call__(self, function: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
+        """What the function gives for inputs [B, ...], joined, on the device.
+
+        Args:
+            function: of inputs [B, ...].
+            rows: int64 [r], the samples to take, in that order; None takes all, in order.
+        """
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method works on.
@@ -31,8 +43,7 @@ class Task:
         num_classes: number of classes.
         labels: int64 [n], the live labels: a method that corrects writes into them.
         device: where batches come and losses go.
-        collect: applies a function of inputs [B, ...] to all training samples, in order, in eval
-            mode and without gradients, and joins what it gives.
+        collect: applies a function of inputs [B, ...] to training samples, see :class:`Collect`.
         clean: inputs [m, ...] and labels int64 [m] that are known to be right, on ``device``; None
             where nobody gave any.
         clean_index: int64 [m] on ``device``, where these samples are in the training set; None
@@ -44,7 +55,7 @@ class Task:
     num_classes: int
     labels: Tensor
     device: torch.device
-    collect: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    collect: Collect
     clean: tuple[Tensor, Tensor] | None = None
     clean_index: Tensor | None = None
 
@@ -64,8 +75,9 @@ METHODS: dict[str, type[Method]] = {}
 class Method(ABC):
     """What happens with a batch and after an epoch; one instance trains one model once.
 
-    Subclasses are registered by name: ``class Mine(Method, name="mine")``. What only they know is
-    set in a frozen dataclass that checks itself, ``Settings``, from ``TrainConfig.settings``.
+    Subclasses are registered by name: ``class Mine(Method, name="mine")``; one without a name is
+    only there to derive from. What only they know is set in a frozen dataclass that checks itself,
+    ``Settings``, from ``TrainConfig.settings``.
     """
 
     name: ClassVar[str]
@@ -74,8 +86,10 @@ class Method(ABC):
     needs_clean: ClassVar[bool] = False  # whether it needs samples whose labels are known
     Settings: ClassVar[type[Any]] = NoSettings
 
-    def __init_subclass__(cls, name: str, **arguments: Any) -> None:
+    def __init_subclass__(cls, name: str | None = None, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        if name is None:
+            return
         if name in METHODS:
             raise ValueError(f"name: expected one that is free, got {name!r} again")
         cls.name = name
@@ -213,6 +227,12 @@ class Also(Method, name="also"):
         self.amp.backward_and_step(total, self.optimizer, index=index, losses=losses)
         return losses
 
+    def scores(self) -> Tensor:
+        """log pi [n], with the sign that makes suspects score high."""
+        weights = self.optimizer.weights
+        high = weights.settings["direction"] == "max"  # then suspects have gained weight
+        return weights.log_pi() if high else -weights.log_pi()
+
     def train_mode(self) -> None:
         """The model holds theta at the half point."""
         super().train_mode()
@@ -224,19 +244,27 @@ class Also(Method, name="also"):
         self.optimizer.eval()
 
 
-class AlsLc(Also, name="als-lc"):
-    """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
+class Relabels(NamedTuple):
+    """A correction of n labels; all tensors on one device."""
 
-    After ``warmup`` epochs, and then every ``period`` epochs but for the last, the corrector gets
-    the embeddings and log pi as the scores. Training goes on with its labels; pi of the relabelled
-    samples starts again, since its history belongs to the old label.
+    label: Tensor  # int64 [n], after it
+    suspect: Tensor  # bool [n], whether the label was in question
+    share: Tensor  # float32 [n], votes for the winner
+    margin: Tensor  # float32 [n], its lead
+
+
+class Correcting(Method):
+    """Corrections of the labels: after ``warmup`` epochs, then every ``period`` but for the last.
+
+    They end once one changes less than ``correction.stop_share`` of the labels. To be derived from
+    before the class that trains: ``class Mine(Correcting, ERM, name="mine")``.
     """
 
     corrects = True
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
+        self._converged = False
         self._report: dict[str, Tensor] | None = None
 
     @classmethod
@@ -245,39 +273,72 @@ class AlsLc(Also, name="als-lc"):
         super().check(config)
         if config.warmup >= config.epochs:
             raise ValueError(
-                f"epochs: expected more than warmup={config.warmup} for als-lc, got {config.epochs}"
+                f"epochs: expected more than warmup={config.warmup} for {cls.name}, "
+                f"got {config.epochs}"
             )
+
+    @abstractmethod
+    def relabels(self, epoch: int) -> Relabels:
+        """One correction of ``task.labels``, which it leaves as they are."""
+
+    def relabelled(self, index: Tensor) -> None:
+        """What else changes with the labels of the samples int64 [m], on ``task.device``."""
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
-        config, labels = self.task.config, self.task.labels
+        config = self.task.config
         due = config.warmup <= epoch < config.epochs and not (epoch - config.warmup) % config.period
-        if not due or self.corrector.converged:
+        if not due or self._converged:
             return {}
-        weights = self.optimizer.weights
-        high = weights.settings["direction"] == "max"  # then suspects have gained weight
-        scores = weights.log_pi() if high else -weights.log_pi()
-        result = self.corrector.step(self.task.embeddings(), scores, epoch)
-        labels.copy_(result.new_label)
-        weights.reset_(result.changed.nonzero()[:, 0])
-        self._report = {
-            "share": result.share.cpu(),
-            "margin": result.margin.cpu(),
-            "suspect": result.suspect.cpu(),
-        }
-        return {"suspects": int(result.suspect.sum())}
+        labels = self.task.labels
+        label, suspect, share, margin = self.relabels(epoch)
+        changed = (label.to(labels.device) != labels).nonzero()[:, 0]
+        labels.copy_(label)
+        self.relabelled(changed.to(self.task.device))
+        self._converged = len(changed) / len(labels) < config.correction.stop_share
+        self._report = {"share": share.cpu(), "margin": margin.cpu(), "suspect": suspect.cpu()}
+        return {"suspects": int(suspect.sum())}
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and pi, the corrector, the last report."""
-        own = {"corrector": self.corrector.state_dict(), "report": self._report}
-        return {**super().state_dict(), **own}
+        """What the class that trains keeps, and the last report."""
+        return {**super().state_dict(), "converged": self._converged, "report": self._report}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore all of it."""
         super().load_state_dict(state)
-        self.corrector.load_state_dict(state["corrector"])
+        self._converged = state["converged"]
         self._report = state["report"]
 
     def report(self) -> dict[str, Tensor] | None:
         """share, margin and suspect [n] of the last correction."""
         return self._report
+
+
+class AlsLc(Correcting, Also, name="als-lc"):
+    """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
+
+    The corrector gets the embeddings and log pi as the scores. Training goes on with its labels; pi
+    of the relabelled samples starts again, since its history belongs to the old label.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
+
+    def relabels(self, epoch: int) -> Relabels:
+        """A step of the corrector."""
+        result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
+        return Relabels(result.new_label, result.suspect, result.share, result.margin)
+
+    def relabelled(self, index: Tensor) -> None:
+        """pi of these samples starts again."""
+        self.optimizer.weights.reset_(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and pi, the corrector, the last report."""
+        return {**super().state_dict(), "corrector": self.corrector.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore all of it."""
+        super().load_state_dict(state)
+        self.corrector.load_state_dict(state["corrector"])

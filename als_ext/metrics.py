@@ -18,8 +18,8 @@ Record = dict[str, int | float | None]
 
 FIELDS = (
     "epoch",  # 1-based number of finished epochs
-    "lr",  # learning rate of the epoch's last step
-    "train_loss",  # mean of the losses of the epoch's samples against the labels in use, nats
+    "lr",  # learning rate of the epoch's last step; null for a method without steps
+    "train_loss",  # mean loss of the epoch's samples, labels in use, nats; null without steps
     "test_accuracy",
     "label_accuracy",  # share of the labels in use that are right; null without true labels
     "changed",  # labels that differ from the given ones after this epoch

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from als_ext.checkpoint import (
     check_same_settings,
@@ -305,10 +305,16 @@ class Trainer:
         return self._collect(make_embedder(self.model, self.config.embedding))
 
     @torch.no_grad()
-    def _collect(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def _collect(self, function: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
+        inputs = self._inputs
+        if rows is not None:
+            if isinstance(inputs, tuple):
+                inputs = tuple(part[rows.to(part.device)] for part in inputs)
+            else:
+                inputs = Subset(inputs, rows.tolist())
         self._method.eval_mode()
         with self._method.amp.autocast():
-            return torch.cat([function(x) for x, *_ in self._eval_batches(self._inputs)])
+            return torch.cat([function(x) for x, *_ in self._eval_batches(inputs)])
 
     @torch.no_grad()
     def _test_accuracy(self) -> float | None:
@@ -338,17 +344,19 @@ class Trainer:
 
     def _record(self, epoch: int, extra: Record) -> str:
         """Measure an epoch, note it in the history and the files; one line to show."""
-        loss = float(self._losses.mean())
-        if not math.isfinite(loss):
-            raise RuntimeError(
-                f"training loss: expected a finite mean, got {loss} in epoch {epoch}"
-            )
         labels = self._batches.labels.cpu()
         record: Record = dict.fromkeys(FIELDS)
+        shown = f"epoch {epoch}/{self._epochs}"
+        if self._method.trains:
+            loss = float(self._losses.mean())
+            if not math.isfinite(loss):
+                raise RuntimeError(
+                    f"training loss: expected a finite mean, got {loss} in epoch {epoch}"
+                )
+            record.update(lr=self._method.optimizer.param_groups[0]["lr"], train_loss=loss)
+            shown += f": loss {loss:.4f}"
         record.update(
             epoch=epoch,
-            lr=self._method.optimizer.param_groups[0]["lr"],
-            train_loss=loss,
             test_accuracy=self._test_accuracy(),
             label_accuracy=label_metrics(self._given, labels, self._true)["label_accuracy_after"],
             changed=int((labels != self._given).sum()),
@@ -359,8 +367,7 @@ class Trainer:
         if self._writer is not None:
             self._writer.append(record)
         accuracy = record["test_accuracy"]
-        shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
-        return f"epoch {epoch}/{self._epochs}: loss {loss:.4f}{shown}"
+        return shown if accuracy is None else f"{shown}, test accuracy {accuracy:.4f}"
 
     def _seconds(self) -> float:
         return self._elapsed + time.monotonic() - self._started

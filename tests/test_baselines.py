@@ -1,13 +1,19 @@
 """The methods of the literature: their known effect on a problem small enough to see it."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent))
+
+from blobs import blobs, train
 
 from als_ext import TrainConfig, Trainer, baselines
 from als_ext.methods import METHODS, Method
 from als_ext.models import MLP
-
-CLASSES, FEATURES = 3, 20  # features enough to memorise wrong labels by
 
 
 @pytest.fixture(autouse=True)
@@ -19,30 +25,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def blobs(n=600, rate=0.4, seed=0):
-    """Inputs, given labels of which a share is wrong, true labels."""
-    g = torch.Generator().manual_seed(seed)
-    true = torch.arange(n) % CLASSES
-    x = torch.randn(n, FEATURES, generator=g)
-    x[:, :CLASSES] += 3 * torch.nn.functional.one_hot(true, CLASSES)
-    shift = torch.randint(1, CLASSES, (n,), generator=g)
-    wrong = torch.rand(n, generator=g) < rate
-    return x, torch.where(wrong, (true + shift) % CLASSES, true), true
-
-
-def train(method, given, x, test, epochs=20, **settings):
-    torch.manual_seed(0)
-    model = MLP((FEATURES,), CLASSES, hidden=(64, 32))
-    config = TrainConfig(
-        method=method, epochs=epochs, batch_size=32, lr=3e-3, device="cpu", settings=settings
-    )
-    return Trainer(model, config, num_classes=CLASSES).fit(x, given, test=test)
-
-
 def test_each_baseline_is_registered_under_its_name():
     for name in baselines.__all__:
         method = getattr(baselines, name)
         assert METHODS[method.name] is method
+
+
+def test_each_baseline_has_its_section_in_alphabetical_order():
+    page = (Path(__file__).parents[1] / "docs" / "baselines.md").read_text()
+    sections = re.findall(r"^## (\S+)$", page, re.M)
+    assert sections == sorted(getattr(baselines, name).name for name in baselines.__all__)
 
 
 def test_a_name_cannot_be_taken_twice():

@@ -136,11 +136,18 @@ def test_a_resumed_correction_run_is_the_unbroken_one(tmp_path, step):
         {"method": "also", "amp": "f16"},
         {"method": "also", "also": {"mode": "descent-ascent"}},
         {"method": "als-lc", "also": {"direction": "min"}},
+        {"method": "also-min"},
         {"method": "co-teaching", "settings": {"noise_rate": 0.3}},
+        {"method": "confident-learning", "epochs": 1, "settings": {"folds": 2}},  # 3 trainings
+        {"method": "deep-knn", "epochs": 2},  # 2 trainings, both broken
+        {"method": "deep-knn", "epochs": 2, "amp": "f16"},
         {"method": "elr"},
+        {"method": "erm-early-stop"},
+        {"method": "knn-relabel"},
         {"method": "l2rw", "settings": {"clean_batch": 10}},
         {"method": "mentornet-dd"},
         {"method": "mentornet-pd"},
+        {"method": "random-relabel"},
     ],
     ids=str,
 )

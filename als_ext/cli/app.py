@@ -26,6 +26,7 @@ _BAD_INPUT = (
     IsADirectoryError,
     NotADirectoryError,
     PermissionError,
+    ImportError,  # of an optional package, with a message that says how to get it
 )
 # typer carries its own click or needs the package, by version: its bases are found through it.
 _UsageError: Any = typer.BadParameter.__mro__[1]
