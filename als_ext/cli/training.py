@@ -103,7 +103,7 @@ def use_threads(threads: int | None, trainers: Collection[Trainer]) -> None:
 
 
 def fit(
-    trainer: Trainer, data: RunData, clean: tuple[Tensor, Tensor] | None, *, resume: bool
+    trainer: Trainer, data: RunData, clean: tuple[Tensor, Tensor, Tensor] | None, *, resume: bool
 ) -> TrainResult:
     """Train on the given labels, measured with the true ones where they are known."""
     return trainer.fit(
