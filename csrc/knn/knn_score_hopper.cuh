@@ -1,5 +1,5 @@
-// Device code of knn, step 3 for compute capability 9.0: the scores of knn_score.cuh, by wgmma.
-// Torch-free.
+// Device code of knn, step 3 on compute capability 9.0: the scores of knn_score.cuh by wgmma, the
+// tiles brought by bulk copies. Torch-free.
 #pragma once
 
 #include "common/wgmma.cuh"
@@ -7,265 +7,246 @@
 
 namespace als {
 
-constexpr int kKnnHopperThreads = 3 * 128;         // a warpgroup that copies, two that multiply
-constexpr int kKnnHopperShared = 227 * 1024;       // all that a block may have: one block an SM
-constexpr int kKnnHopperStages = 16;               // at most
-constexpr int kKnnHopperLag = 4;                   // slabs by which the lower half is behind
-constexpr int kKnnHopperHalf = kKnnTile / 2;       // queries behind one accumulator
-constexpr int kKnnHopperArrivals = 2 * 128 / 32;   // warps that give a stage back
-constexpr int kKnnHopperAlignment = kWgmmaPattern;  // of slabs
-static_assert(kKnnRowBytes == kWgmmaRow && kKnnSlabBytes % kKnnHopperAlignment == 0 &&
-                  kKnnHalfNormBytes % kKnnHopperAlignment == 0,
-              "packed slabs are operands of wgmma as they are");
+constexpr int kKnnHopperThreads = 3 * 128;    // a warpgroup that copies, two that multiply
+constexpr int kKnnHopperShared = 227 * 1024;  // all that a block may have: one block an SM
+constexpr int kKnnHopperStages = 16;          // at most
+constexpr int kKnnHopperWarps = 4;            // of a warpgroup
+constexpr int kKnnHopperAlign = kWgmmaPattern;
+static_assert(kKnnRowBytes == kWgmmaRow && kKnnSlabBytes % kKnnHopperAlign == 0 &&
+                  kKnnHalfNormBytes % kKnnHopperAlign == 0,
+              "packed slabs are operands of wgmma as they are, wherever a stage begins");
 
-// Shared memory: queries if they stay, stages, barriers. A stage is a slab of the database, slabs
-// of both query tiles if they do not stay, and h for the last slab of a tile.
-struct KnnHopperRing {
-  int slabs;  // of a row
+// What lies where in shared memory: the slabs of two query tiles, if they stay; stages; barriers.
+// A stage is a slab of the database, those of both query tiles if they do not stay, and room for h.
+struct KnnHopperPlan {
+  int slabs;  // of a tile
   bool resident;
   int stages, stage_bytes;
+  // The warpgroups multiply in turn, so that one reduces its scores while the other multiplies. The
+  // second one is a tile behind then: that tile has to fit, and copies have to go on.
+  bool in_turn;
 
-  static ALS_HOST_DEVICE KnnHopperRing of(int slabs) {
-    constexpr int kBarriers = 2 * kKnnHopperStages * static_cast<int>(sizeof(uint64_t));
-    constexpr int kRoom = kKnnHopperShared - kKnnHopperAlignment - kBarriers;
-    // Stages that hold the queries too, in which 2 kKnnHopperLag slabs are held at a time
-    constexpr int kFewest = 2 * kKnnHopperLag + 1;
-    KnnHopperRing r{slabs, false, 0, 0};
-    r.stage_bytes = kKnnSlabBytes + kKnnHalfNormBytes;
-    int stages = slabs > kRoom / (2 * kKnnSlabBytes) ? 0 : (kRoom - r.query_bytes()) / r.stage_bytes;
-    r.resident = stages >= kFewest;
-    if (!r.resident) {
-      r.stage_bytes += 2 * kKnnSlabBytes;
-      stages = kRoom / r.stage_bytes;
-      static_assert(kRoom / (3 * kKnnSlabBytes + kKnnHalfNormBytes) >= kFewest, "room to go on");
-    }
-    r.stages = stages < kKnnHopperStages ? stages : kKnnHopperStages;
-    return r;
+  static ALS_HOST_DEVICE KnnHopperPlan of(int64_t dim) {
+    constexpr int kBarriers = (2 * kKnnHopperStages + 2) * static_cast<int>(sizeof(uint64_t));
+    constexpr int kRoom = kKnnHopperShared - kKnnHopperAlign - kBarriers;
+    constexpr int kFewest = 4;  // two in use, two on their way
+    constexpr int kMostResident =
+        (kRoom - kFewest * (kKnnSlabBytes + kKnnHalfNormBytes)) / (2 * kKnnSlabBytes);
+    KnnHopperPlan p{};
+    p.slabs = static_cast<int>(knn_slabs(dim));
+    p.resident = p.slabs <= kMostResident;  // up to 384 features
+    p.stage_bytes = (p.resident ? 1 : 3) * kKnnSlabBytes + kKnnHalfNormBytes;
+    const int stages = (kRoom - (p.resident ? 2 * p.slabs * kKnnSlabBytes : 0)) / p.stage_bytes;
+    p.stages = stages < kKnnHopperStages ? stages : kKnnHopperStages;
+    p.in_turn = p.slabs + 2 < p.stages;
+    return p;
   }
-  ALS_HOST_DEVICE int query_bytes() const { return 2 * slabs * kKnnSlabBytes; }
-  ALS_HOST_DEVICE int stage_offset(int stage) const {
-    return (resident ? query_bytes() : 0) + stage * stage_bytes;
+  ALS_HOST_DEVICE int database_at(int stage) const {
+    return (resident ? 2 * slabs * kKnnSlabBytes : 0) + stage * stage_bytes;
   }
-  ALS_HOST_DEVICE int query_offset(int slab, int stage, int tile) const {
-    return tile * kKnnSlabBytes + (resident ? 2 * slab * kKnnSlabBytes
-                                            : stage_offset(stage) + kKnnSlabBytes);
+  ALS_HOST_DEVICE int query_at(int tile, int slab, int stage) const {
+    return resident ? (2 * slab + tile) * kKnnSlabBytes
+                    : database_at(stage) + (1 + tile) * kKnnSlabBytes;
   }
-  ALS_HOST_DEVICE int half_norm_offset(int stage) const {
-    return stage_offset(stage) + stage_bytes - kKnnHalfNormBytes;
+  ALS_HOST_DEVICE int half_norm_at(int stage) const {
+    return database_at(stage) + stage_bytes - kKnnHalfNormBytes;
   }
 };
 
 #ifdef ALS_HAS_WGMMA
 
 struct KnnHopperBlock {
-  KnnHopperRing ring;
+  KnnHopperPlan plan;
   unsigned char* shared;
   uint64_t *full, *empty;  // [stages]
+  uint64_t* turn;          // [2], of the warpgroups that multiply
 };
 
-// Where in the ring somebody is, and how often it went round.
-struct KnnCursor {
-  int stage = 0;
-  unsigned round = 0;
+// The stage that comes next, and the parity of its round.
+struct KnnStage {
+  int index = 0;
+  unsigned parity = 0;
   __device__ void next(int stages) {
-    if (++stage == stages) stage = 0, round ^= 1;
+    if (++index == stages) {
+      index = 0;
+      parity ^= 1;
+    }
   }
 };
 
-// What a block does: its share of all (pair of query tiles, database tile), as runs of database
-// tiles before one pair.
+// The share of a block of all (pair of query tiles, database tile): runs of tiles before one pair.
 struct KnnRuns {
   int64_t at, end, tiles;
-  int64_t pair;
-  int first, count;  // database tiles of the run
+  int64_t pair = 0;
+  int first = 0, count = 0;  // tiles of the run
+  bool both = false;         // whether the second query tile of the pair exists
 
   __device__ explicit KnnRuns(const KnnScoreParams& p) : tiles(p.tiles) {
-    const int64_t pairs = (p.queries + 2 * kKnnTile - 1) / (2 * kKnnTile);
-    at = pairs * tiles * blockIdx.x / gridDim.x;
-    end = pairs * tiles * (blockIdx.x + 1) / gridDim.x;
+    const int64_t all = (p.queries + 2 * kKnnTile - 1) / (2 * kKnnTile) * tiles;
+    at = all * blockIdx.x / gridDim.x;
+    end = all * (blockIdx.x + 1) / gridDim.x;
   }
-  __device__ bool next() {
+  __device__ bool next(const KnnScoreParams& p) {
     if (at == end) return false;
     pair = at / tiles;
     first = static_cast<int>(at % tiles);
     count = static_cast<int>(min(tiles - first, end - at));
+    both = p.queries > (2 * pair + 1) * kKnnTile;
     at += count;
     return true;
   }
 };
 
-// One thread copies everything, in the order in which it is multiplied.
+// One thread orders all copies, in the order in which they are multiplied.
 __device__ inline void knn_hopper_copy(const KnnScoreParams& p, const KnnHopperBlock& block) {
-  const KnnHopperRing& ring = block.ring;
-  const int64_t tile_bytes = int64_t{ring.slabs} * kKnnSlabBytes;
-  KnnCursor stage, last;
+  const KnnHopperPlan& plan = block.plan;
+  const int64_t tile_bytes = int64_t{plan.slabs} * kKnnSlabBytes;
+  KnnStage stage, last;
   KnnRuns run(p);
-  for (bool started = false; run.next(); started = true) {
-    // Nobody reads the queries of the run before any more.
-    if (started) barrier_wait(block.empty + last.stage, last.round);
-    const int query_tiles = p.queries > (2 * run.pair + 1) * kKnnTile ? 2 : 1;
+  for (bool started = false; run.next(p); started = true) {
+    if (started) barrier_wait(block.empty + last.index, last.parity);  // its queries are done with
+    const int query_tiles = run.both ? 2 : 1;
     for (int tile = 0; tile < run.count; ++tile) {
-      for (int slab = 0; slab < ring.slabs; ++slab) {
-        uint64_t* full = block.full + stage.stage;
-        unsigned char* const place = block.shared + ring.stage_offset(stage.stage);
-        const bool with_queries = !ring.resident || tile == 0, with_h = slab == ring.slabs - 1;
-        barrier_wait(block.empty + stage.stage, stage.round ^ 1);
-        barrier_arrive_expect(full, kKnnSlabBytes * (with_queries ? 1 + query_tiles : 1) +
-                                        (with_h ? kKnnHalfNormBytes : 0));
-        for (int i = 0; with_queries && i < query_tiles; ++i) {
-          bulk_copy(block.shared + ring.query_offset(slab, stage.stage, i),
-                    p.query + (2 * run.pair + i) * tile_bytes + int64_t{slab} * kKnnSlabBytes,
-                    kKnnSlabBytes, full);
+      const int64_t database_tile = run.first + tile;
+      for (int slab = 0; slab < plan.slabs; ++slab) {
+        const int64_t slab_bytes = int64_t{slab} * kKnnSlabBytes;
+        const bool queries = !plan.resident || tile == 0, half_norms = slab == plan.slabs - 1;
+        uint64_t* const full = block.full + stage.index;
+        barrier_wait(block.empty + stage.index, stage.parity ^ 1);
+        barrier_arrive_expect(full, (queries ? 1 + query_tiles : 1) * kKnnSlabBytes +
+                                        (half_norms ? kKnnHalfNormBytes : 0));
+        for (int i = 0; queries && i < query_tiles; ++i) {
+          bulk_copy(block.shared + plan.query_at(i, slab, stage.index),
+                    p.query + (2 * run.pair + i) * tile_bytes + slab_bytes, kKnnSlabBytes, full);
         }
-        bulk_copy(place,
-                  p.database + (run.first + tile) * tile_bytes + int64_t{slab} * kKnnSlabBytes,
-                  kKnnSlabBytes, full);
-        if (with_h) {
-          bulk_copy(block.shared + ring.half_norm_offset(stage.stage),
-                    p.half_norm + (run.first + tile) * int64_t{kKnnTile}, kKnnHalfNormBytes, full);
+        bulk_copy(block.shared + plan.database_at(stage.index),
+                  p.database + database_tile * tile_bytes + slab_bytes, kKnnSlabBytes, full);
+        if (half_norms) {
+          bulk_copy(block.shared + plan.half_norm_at(stage.index),
+                    p.half_norm + database_tile * kKnnTile, kKnnHalfNormBytes, full);
         }
         last = stage;
-        stage.next(ring.stages);
+        stage.next(plan.stages);
       }
     }
   }
 }
 
-// A warpgroup multiplies query tile `half` of each pair.
-__device__ inline void knn_hopper_multiply(const KnnScoreParams& p, const KnnHopperBlock& block,
-                                           int of_pair) {
-  const KnnHopperRing& ring = block.ring;
+// The largest score of each group, for 64 queries of which the first is `query`. A lane owns two
+// neighbouring groups of the tile, two queries of each.
+__device__ __forceinline__ void knn_hopper_store(const KnnScoreParams& p, const float (&sum)[64],
+                                                 const float (&h)[kKnnTile / 4], int64_t query,
+                                                 int64_t tile) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kKnnHopperWarps;
+  const int64_t row = query + warp * 16 + lane / 4;
+  const int64_t group = p.first_group + tile * kKnnTileGroups + lane % 4 * 2;
+  ALS_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float largest[2] = {-INFINITY, -INFINITY};
+    ALS_UNROLL
+    for (int j = 0; j < kKnnTile / kKnnMmaColumns; ++j) {
+      const float* s = sum + 4 * j + 2 * half;
+      float& most = largest[j * kKnnMmaColumns / kKnnWarpColumns];
+      most = fmaxf(most, fmaxf(s[0] - h[2 * j], s[1] - h[2 * j + 1]));
+    }
+    if (row + 8 * half < p.queries) {
+      *reinterpret_cast<float2*>(p.group_max + (row + 8 * half) * p.groups + group) = {largest[0],
+                                                                                       largest[1]};
+    }
+  }
+}
+
+// A warpgroup multiplies one query tile of each pair.
+__device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
+                                                    const KnnHopperBlock& block, int mine) {
+  const KnnHopperPlan& plan = block.plan;
   const unsigned shared = shared_address(block.shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int slabs = ring.slabs;
-  const int lag = min(slabs, kKnnHopperLag);
-  KnnCursor ahead, behind, freed;  // slabs of the upper half, of the lower half, given back
-
-  // A slab into an accumulator, of 64 queries from `row` on.
-  const auto multiply = [&](float (&sum)[64], int row, int slab, int stage) {
-    const uint64_t a = wgmma_descriptor(shared + ring.query_offset(slab, stage, of_pair) +
-                                        row * kKnnRowBytes);
-    const uint64_t b = wgmma_descriptor(shared + ring.stage_offset(stage));
-    wgmma_bf16(sum, a, b, slab > 0);
-    if (int64_t{slab} * kKnnFeatures + kKnnMmaFeatures < p.dim) {  // else only zeros left
-      wgmma_bf16(sum, advance_descriptor(a, kKnnMmaFeatures),
-                 advance_descriptor(b, kKnnMmaFeatures), true);
-    }
+  const int lane = threadIdx.x % 32;
+  const auto arrive = [&](uint64_t* barrier) {
+    if (lane == 0) barrier_arrive(barrier);
   };
-  const auto release = [&](int stages) {
-    for (int i = 0; i < stages; ++i) {
-      if (lane == 0) barrier_arrive(block.empty + freed.stage);
-      freed.next(ring.stages);
-    }
-  };
-
-  float upper[64] = {}, lower[64] = {};
-  float h[kKnnTile / 4];
+  KnnStage stage;
+  unsigned turn = mine ^ 1;  // the first one has the first turn
+  float upper[64] = {}, lower[64] = {};  // its first and its last 64 queries
   KnnRuns run(p);
-  while (run.next()) {
-    const int64_t query_tile = 2 * run.pair + of_pair;
-    if (query_tile * kKnnTile >= p.queries) {  // without queries: only keeps the ring going
-      for (int64_t i = int64_t{run.count} * slabs; i > 0; --i) {
-        barrier_wait(block.full + ahead.stage, ahead.round);
-        release(1);
-        ahead.next(ring.stages), behind.next(ring.stages);
+  while (run.next(p)) {
+    if (mine == 1 && !run.both) {  // no queries: only keeps the stages going
+      for (int64_t i = int64_t{run.count} * plan.slabs; i > 0; --i) {
+        barrier_wait(block.full + stage.index, stage.parity);
+        arrive(block.empty + stage.index);
+        stage.next(plan.stages);
       }
       continue;
     }
-    const auto store = [&](const float (&sum)[64], int row, int tile) {
-      const int64_t group = p.first_group + (run.first + tile) * int64_t{kKnnTileGroups} +
-                            2 * (lane % 4);
-      ALS_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        float largest[2];
-        ALS_UNROLL
-        for (int g = 0; g < 2; ++g) {
-          largest[g] = -INFINITY;
-          ALS_UNROLL
-          for (int j = 8 * g; j < 8 * g + 8; ++j) {
-            const float* s = sum + 4 * j + 2 * i;
-            largest[g] = fmaxf(largest[g], fmaxf(s[0] - h[2 * j], s[1] - h[2 * j + 1]));
-          }
-        }
-        const int64_t query = query_tile * kKnnTile + row + 16 * warp + 8 * i + lane / 4;
-        if (query < p.queries) {
-          *reinterpret_cast<float2*>(p.group_max + query * p.groups + group) = {largest[0],
-                                                                                largest[1]};
-        }
-      }
-    };
+    const bool in_turn = plan.in_turn && run.both;
     for (int tile = 0; tile < run.count; ++tile) {
-      wgmma_fence();
-      for (int slab = 0; slab < lag; ++slab) {
-        barrier_wait(block.full + ahead.stage, ahead.round);
-        multiply(upper, 0, slab, ahead.stage);
-        ahead.next(ring.stages);
+      if (in_turn) {
+        barrier_wait(block.turn + mine, turn);
+        turn ^= 1;
       }
-      wgmma_commit();
-      if (tile > 0) {  // the lower half of the tile before
-        wgmma_wait<1>();
-        release(lag);
-        store(lower, kKnnHopperHalf, tile - 1);
-      }
-      for (int slab = lag; slab < slabs; ++slab) {
-        barrier_wait(block.full + ahead.stage, ahead.round);
+      int last = 0;  // the stage before
+      for (int slab = 0; slab < plan.slabs; ++slab) {
+        barrier_wait(block.full + stage.index, stage.parity);
+        const uint64_t above = wgmma_descriptor(shared + plan.query_at(mine, slab, stage.index));
+        const uint64_t below = above + (kKnnSlabBytes / 2 >> 4);
+        const uint64_t right = wgmma_descriptor(shared + plan.database_at(stage.index));
         wgmma_fence();
-        multiply(upper, 0, slab, ahead.stage);
-        multiply(lower, kKnnHopperHalf, slab - lag, behind.stage);
+        wgmma_bf16(upper, above, right, slab > 0);
+        wgmma_bf16(lower, below, right, slab > 0);
+        wgmma_bf16(upper, above + 2, right + 2, true);
+        wgmma_bf16(lower, below + 2, right + 2, true);
         wgmma_commit();
-        ahead.next(ring.stages), behind.next(ring.stages);
-        wgmma_wait<1>();
-        if (slab > lag) release(1);
+        if (slab > 0) {
+          wgmma_wait<1>();
+          arrive(block.empty + last);
+        }
+        last = stage.index;
+        stage.next(plan.stages);
       }
-      const auto* from = reinterpret_cast<const float*>(block.shared + ring.half_norm_offset((ahead.stage + ring.stages - 1) % ring.stages));
-      wgmma_fence();
-      for (int slab = slabs - lag; slab < slabs; ++slab) {
-        multiply(lower, kKnnHopperHalf, slab, behind.stage);
-        behind.next(ring.stages);
-      }
-      wgmma_commit();
+      if (in_turn) arrive(block.turn + 1 - mine);
+      float h[kKnnTile / 4];
+      const auto* from = reinterpret_cast<const float*>(block.shared + plan.half_norm_at(last));
       ALS_UNROLL
-      for (int j = 0; j < kKnnTile / 8; ++j) {
-        const float2 two = *reinterpret_cast<const float2*>(from + 8 * j + 2 * (lane % 4));
-        h[2 * j] = two.x, h[2 * j + 1] = two.y;
+      for (int j = 0; j < kKnnTile / kKnnMmaColumns; ++j) {
+        const float2 two = *reinterpret_cast<const float2*>(from + j * kKnnMmaColumns + lane % 4 * 2);
+        h[2 * j] = two.x;
+        h[2 * j + 1] = two.y;
       }
-      fence_async();  // h is read: the next copy may take its place
-      wgmma_wait<1>();
-      if (slabs > lag) release(1);
-      store(upper, 0, tile);
+      fence_async();  // the next copy into this stage comes after these reads
+      wgmma_wait<0>();
+      arrive(block.empty + last);
+      const int64_t query = (2 * run.pair + mine) * kKnnTile;
+      knn_hopper_store(p, upper, h, query, run.first + tile);
+      knn_hopper_store(p, lower, h, query + kKnnTile / 2, run.first + tile);
     }
-    wgmma_wait<0>();
-    release(lag);
-    store(lower, kKnnHopperHalf, run.count - 1);
   }
 }
 
-#endif
-
-#ifdef ALS_HAS_WGMMA
-#define ALS_KNN_HOPPER_BOUNDS kKnnHopperThreads, 1
+#define ALS_KNN_HOPPER_THREADS kKnnHopperThreads, 1
 #else
-#define ALS_KNN_HOPPER_BOUNDS 1
+#define ALS_KNN_HOPPER_THREADS 1
 #endif
 
-__global__ void __launch_bounds__(ALS_KNN_HOPPER_BOUNDS) knn_score_hopper(KnnScoreParams p) {
+__global__ void __launch_bounds__(ALS_KNN_HOPPER_THREADS) knn_score_hopper(KnnScoreParams p) {
 #ifdef ALS_HAS_WGMMA
   ALS_DYNAMIC_SHARED(knn_shared);
-  unsigned char* const end = knn_shared + kKnnHopperShared;
   KnnHopperBlock block;
-  block.ring = KnnHopperRing::of(static_cast<int>(knn_slabs(p.dim)));
-  block.shared = knn_shared + (-shared_address(knn_shared) & (kKnnHopperAlignment - 1u));
-  block.full = reinterpret_cast<uint64_t*>(end) - 2 * kKnnHopperStages;
-  block.empty = block.full + kKnnHopperStages;
+  block.plan = KnnHopperPlan::of(p.dim);
+  block.shared = knn_shared + (0u - shared_address(knn_shared)) % kKnnHopperAlign;
+  block.turn = reinterpret_cast<uint64_t*>(knn_shared + kKnnHopperShared) - 2;
+  block.empty = block.turn - kKnnHopperStages;
+  block.full = block.empty - kKnnHopperStages;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < block.ring.stages; ++i) {
+    for (int i = 0; i < block.plan.stages; ++i) {
       barrier_init(block.full + i, 1);
-      barrier_init(block.empty + i, kKnnHopperArrivals);
+      barrier_init(block.empty + i, 2 * kKnnHopperWarps);
     }
-    fence_async();  // copies see the barriers
+    for (int i = 0; i < 2; ++i) barrier_init(block.turn + i, kKnnHopperWarps);
+    fence_async();  // the copies see the barriers
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128;
+  // The same in the whole warp, and told so: ptxas lets no wgmma overlap where threads may diverge.
+  const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {
     give_registers<40>();
     if (threadIdx.x == 0) knn_hopper_copy(p, block);
