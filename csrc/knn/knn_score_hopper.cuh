@@ -139,7 +139,7 @@ __device__ __forceinline__ void knn_hopper_store(const KnnScoreParams& p, const 
                                                  int64_t tile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kKnnHopperWarps;
   const int64_t row = query + warp * 16 + lane / 4;
-  const int64_t group = p.first_group + tile * kKnnTileGroups + lane % 4 * 2;
+  const int64_t pair = (p.first_group + tile * kKnnTileGroups) / 2 + lane % 4;
   ALS_UNROLL
   for (int half = 0; half < 2; ++half) {
     float largest[2] = {-INFINITY, -INFINITY};
@@ -150,8 +150,8 @@ __device__ __forceinline__ void knn_hopper_store(const KnnScoreParams& p, const 
       most = fmaxf(most, fmaxf(s[0] - h[2 * j], s[1] - h[2 * j + 1]));
     }
     if (row + 8 * half < p.queries) {
-      *reinterpret_cast<float2*>(p.group_max + (row + 8 * half) * p.groups + group) = {largest[0],
-                                                                                       largest[1]};
+      reinterpret_cast<float2*>(p.group_max)[(row + 8 * half) * (p.groups / 2) + pair] = {
+          largest[0], largest[1]};
     }
   }
 }
