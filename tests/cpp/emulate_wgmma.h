@@ -163,6 +163,26 @@ inline void complete_group(Products& mine) {
   }
 }
 
+// Whether a thread of the block has a product in flight that reads the bytes.
+inline bool is_operand(unsigned address, unsigned bytes) {
+  const auto reads = [=](const Product& p) {
+    const auto overlaps = [=](uint64_t descriptor, unsigned rows) {
+      const auto begin = static_cast<unsigned>(descriptor & 0x3FFF) / 4 * 64;  // of the first row
+      return begin < address + bytes && address < begin + rows * 64;
+    };
+    return overlaps(p.a, 64) || overlaps(p.b, 128);
+  };
+  for (unsigned t = 0; t < 1024; ++t) {
+    const Products& of_thread = products_of(t);
+    if (of_thread.block != block_number) continue;
+    if (std::any_of(of_thread.open.begin(), of_thread.open.end(), reads)) return true;
+    for (const auto& group : of_thread.pending) {
+      if (std::any_of(group.begin(), group.end(), reads)) return true;
+    }
+  }
+  return false;
+}
+
 // Nothing may be in flight when a block ends.
 inline void check_asynchronous() {
   for (const auto& [address, barrier] : mbarriers) {
@@ -200,7 +220,11 @@ inline void barrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
   b.bytes += bytes;
   b.happened();
 }
-inline void barrier_arrive(uint64_t* barrier) { barrier_arrive_expect(barrier, 0); }
+// Others go on first: what this thread should have done before it arrived comes too late.
+inline void barrier_arrive(uint64_t* barrier) {
+  barrier_arrive_expect(barrier, 0);
+  emulated::let_others_run();
+}
 
 // Never says no: it waits.
 inline bool barrier_try_wait(uint64_t* barrier, unsigned parity) {
@@ -217,6 +241,8 @@ inline void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t
                         reinterpret_cast<uintptr_t>(global) % 16 == 0,
                     "a bulk copy that is not aligned to 16 bytes");
   emulated::shared_pointer(shared_address(shared) + bytes - 1);
+  emulated::require(!emulated::is_operand(shared_address(shared), bytes),
+                    "a copy into an operand of a product that was not waited for");
   emulated::Mbarrier& b = emulated::mbarrier(barrier);
   emulated::require(b.fenced, "no fence_async between a barrier's initialisation and a copy");
   b.copies.push_back({shared, global, bytes});
