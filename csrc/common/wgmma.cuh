@@ -16,10 +16,10 @@
 namespace als {
 
 // A matrix in shared memory as wgmma takes it: rows of 64 bytes (32 numbers of bf16 along k), eight
-// of them, 512 bytes, one after the other, their 16-byte chunks swapped by the 64-byte swizzle: bits
-// 4 and 5 of an address are xored with bits 7 and 8. PTX ISA, matrix descriptor: start address,
-// distance of the groups of eight rows (both without their last four bits), swizzle mode 2. The
-// pattern repeats every 512 bytes and begins at a multiple of them.
+// of them, 512 bytes, one after the other, their 16-byte chunks swapped by the 64-byte swizzle:
+// bits 4 and 5 of an address are xored with bits 7 and 8. PTX ISA, matrix descriptor: start
+// address, distance of the groups of eight rows (both without their last four bits), swizzle
+// mode 2. The pattern repeats every 512 bytes and begins at a multiple of them.
 constexpr uint64_t kWgmmaRow = 64, kWgmmaPattern = 8 * kWgmmaRow;
 ALS_HOST_DEVICE uint64_t wgmma_descriptor(unsigned shared) {
   return uint64_t{2} << 62 | (kWgmmaPattern >> 4) << 32 | (shared & 0x3FFFFu) >> 4;
@@ -44,10 +44,10 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 }
 // Arrives, and announces bytes.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Whether a phase of this parity is over, and no later one; may sleep before it says no. A new
 // barrier says yes for parity 1.

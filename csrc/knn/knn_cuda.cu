@@ -37,8 +37,8 @@ int hopper_blocks() {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, knn_score_hopper));
   if (attributes.maxThreadsPerBlock < kKnnHopperThreads) return 0;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(
-      knn_score_hopper, cudaFuncAttributeMaxDynamicSharedMemorySize, kKnnHopperShared));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(knn_score_hopper, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kKnnHopperShared));
   int device = 0, blocks = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));

@@ -26,8 +26,8 @@ __device__ __forceinline__ int knn_chunk_offset(int position, int chunk) {
 
 // Where row `row` of a database tile stands in it. In the result of the mma instructions a lane
 // owns columns 2 (lane % 4) and the next of every 8: those are 16 of each 64 columns, and the rows
-// placed there are 16 consecutive ones, a group. So a group is one lane's own maximum, groups 2 t and
-// 2 t + 1 belong to the same lanes, and everywhere else group g is rows 16 g to 16 g + 15.
+// placed there are 16 consecutive ones, a group. So a group is one lane's own maximum, groups 2 t
+// and 2 t + 1 belong to the same lanes, and everywhere else group g is rows 16 g to 16 g + 15.
 ALS_HOST_DEVICE int knn_position(int row) {
   const int group = row / kKnnGroup;
   return group % 2 * kKnnWarpColumns + row % kKnnGroup / 2 * kKnnMmaColumns + group / 2 * 2 +

@@ -166,7 +166,7 @@ __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
     if (lane == 0) barrier_arrive(barrier);
   };
   KnnStage stage;
-  unsigned turn = mine ^ 1;  // the first one has the first turn
+  unsigned turn = mine ^ 1;              // the first one has the first turn
   float upper[64] = {}, lower[64] = {};  // its first and its last 64 queries
   KnnRuns run(p);
   while (run.next(p)) {
@@ -208,7 +208,8 @@ __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
       const auto* from = reinterpret_cast<const float*>(block.shared + plan.half_norm_at(last));
       ALS_UNROLL
       for (int j = 0; j < kKnnTile / kKnnMmaColumns; ++j) {
-        const float2 two = *reinterpret_cast<const float2*>(from + j * kKnnMmaColumns + lane % 4 * 2);
+        const float2 two =
+            *reinterpret_cast<const float2*>(from + j * kKnnMmaColumns + lane % 4 * 2);
         h[2 * j] = two.x;
         h[2 * j + 1] = two.y;
       }

@@ -41,7 +41,7 @@ inline Barrier* block = nullptr;
 inline std::vector<std::unique_ptr<Warp>> warps;
 inline unsigned char* dynamic_shared = nullptr;
 inline size_t dynamic_shared_bytes = 0;
-inline unsigned long block_number = 0;  // counts the blocks that were run
+inline unsigned long block_number = 0;           // counts the blocks that were run
 inline std::vector<void (*)()> at_end_of_block;  // what else has to hold there
 
 }  // namespace emulated

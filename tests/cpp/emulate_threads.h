@@ -61,8 +61,8 @@ inline void wait_for_change(const unsigned& cell, unsigned seen) {
   arrive(fake, nullptr, nullptr);
 }
 
-// Called on a fiber: lets all others run as far as they get. One sweep over the warps is not enough:
-// the next one goes the other way.
+// Called on a fiber: lets all others run as far as they get. One sweep over the warps is not
+// enough: the next one goes the other way.
 inline unsigned sweeps = 0;
 inline void let_others_run() {
   for (int i = 0; i < 2; ++i) wait_for_change(sweeps, sweeps);

@@ -128,7 +128,8 @@ inline void operand_row(uint64_t descriptor, int row, float (&values)[16]) {
 }
 
 inline void multiply(const Product& p, Accumulator& d) {
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32 % 4);
+  const int lane = static_cast<int>(threadIdx.x % 32),
+            warp = static_cast<int>(threadIdx.x / 32 % 4);
   float a[2][16], b[32][16];
   for (int i = 0; i < 2; ++i) operand_row(p.a, 16 * warp + lane / 4 + 8 * i, a[i]);
   for (int j = 0; j < 32; ++j) operand_row(p.b, j / 2 * 8 + lane % 4 * 2 + j % 2, b[j]);
@@ -191,8 +192,9 @@ inline void check_asynchronous() {
   mbarriers.clear();
   for (unsigned t = 0; t < 1024; ++t) {
     const Products& of_thread = products_of(t);
-    require(of_thread.block != block_number || (of_thread.open.empty() && of_thread.pending.empty()),
-            "the block ends before a product was waited for");
+    require(
+        of_thread.block != block_number || (of_thread.open.empty() && of_thread.pending.empty()),
+        "the block ends before a product was waited for");
   }
 }
 inline const bool checks_asynchronous = (at_end_of_block.push_back(check_asynchronous), true);

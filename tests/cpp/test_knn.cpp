@@ -226,8 +226,7 @@ struct Scores {
                                  static_cast<int>(here),
                                  plan.run};
       if (hopper) {
-        emulated::launch(
-            3, kKnnHopperThreads, [&] { knn_score_hopper(score); }, kKnnHopperShared);
+        emulated::launch(3, kKnnHopperThreads, [&] { knn_score_hopper(score); }, kKnnHopperShared);
       } else {
         emulated::launch(
             {blocks(count, kKnnTile), blocks(here, plan.run)}, kKnnThreads,

@@ -14,9 +14,9 @@
 
 namespace {
 
-using als::KnnHopperPlan;
 using als::kKnnSlabBytes;
 using als::kKnnTile;
+using als::KnnHopperPlan;
 
 constexpr float kInf = INFINITY;
 
@@ -88,11 +88,11 @@ struct Tiles {
         const int64_t slab = row / kKnnTile * als::knn_slabs(dim) + j / als::kKnnFeatures;
         const int in_slab = static_cast<int>(j % als::kKnnFeatures);
         const auto bits = static_cast<uint16_t>(als::pack_bf16(values[row * dim + j], 0.0f));
-        std::memcpy(packed.get() + slab * kKnnSlabBytes +
-                        als::knn_chunk_offset(position(static_cast<int>(row % kKnnTile)),
-                                              in_slab / 8) +
-                        in_slab % 8 * 2,
-                    &bits, sizeof bits);
+        std::memcpy(
+            packed.get() + slab * kKnnSlabBytes +
+                als::knn_chunk_offset(position(static_cast<int>(row % kKnnTile)), in_slab / 8) +
+                in_slab % 8 * 2,
+            &bits, sizeof bits);
       }
     }
   }
@@ -126,9 +126,15 @@ int64_t wrong_maxima(const Shape& s) {
       group = row % als::kKnnGroup == 0 ? score : std::max(group, score);
     }
   }
-  const als::KnnScoreParams params{query.packed.get(), database.packed.get(), half_norm.get(),
-                                   got.data(),         s.queries,             groups,
-                                   kBefore,            s.dim,                 s.tiles,
+  const als::KnnScoreParams params{query.packed.get(),
+                                   database.packed.get(),
+                                   half_norm.get(),
+                                   got.data(),
+                                   s.queries,
+                                   groups,
+                                   kBefore,
+                                   s.dim,
+                                   s.tiles,
                                    0};
   emulated::launch(
       s.blocks, als::kKnnHopperThreads, [&] { als::knn_score_hopper(params); },

@@ -63,8 +63,8 @@ INSTANTIATE_TEST_SUITE_P(Copies, Wgmma, testing::Bool(),
 
 TEST_P(Wgmma, FragmentsAreThoseOfTheDocumentation) {
   // PTX ISA, register fragment of accumulator D of wgmma.m64nNk16: warp w of the warpgroup has rows
-  // 16 w to 16 w + 15; d0, d1 are row lane / 4, d2, d3 row lane / 4 + 8, in columns 2 (lane % 4) and
-  // the next; d4 to d7 the same, eight columns on.
+  // 16 w to 16 w + 15; d0, d1 are row lane / 4, d2, d3 row lane / 4 + 8, in columns 2 (lane % 4)
+  // and the next; d4 to d7 the same, eight columns on.
   const Matrices m;
   static float got[64][kColumns];
   emulated::launch(
@@ -245,9 +245,9 @@ void with_operand(const Body& body) {
 }
 
 TEST(WgmmaDeathTest, ProductsWithoutAFence) {
-  EXPECT_DEATH(with_operand([](float(&d)[64], uint64_t a) { als::wgmma_bf16(d, a, a, false); }),
+  EXPECT_DEATH(with_operand([](float (&d)[64], uint64_t a) { als::wgmma_bf16(d, a, a, false); }),
                "no fence");
-  EXPECT_DEATH(with_operand([](float(&d)[64], uint64_t a) {
+  EXPECT_DEATH(with_operand([](float (&d)[64], uint64_t a) {
                  als::wgmma_fence();
                  als::wgmma_bf16(d, a, a, false);
                  als::wgmma_commit();
@@ -258,7 +258,7 @@ TEST(WgmmaDeathTest, ProductsWithoutAFence) {
 }
 
 TEST(WgmmaDeathTest, AnAccumulatorThatIsWrittenTooEarly) {
-  EXPECT_DEATH(with_operand([](float(&d)[64], uint64_t a) {
+  EXPECT_DEATH(with_operand([](float (&d)[64], uint64_t a) {
                  als::wgmma_fence();
                  als::wgmma_bf16(d, a, a, false);
                  als::wgmma_commit();
@@ -269,7 +269,7 @@ TEST(WgmmaDeathTest, AnAccumulatorThatIsWrittenTooEarly) {
 }
 
 TEST(WgmmaDeathTest, AProductThatNobodyWaitsFor) {
-  EXPECT_DEATH(with_operand([](float(&d)[64], uint64_t a) {
+  EXPECT_DEATH(with_operand([](float (&d)[64], uint64_t a) {
                  als::wgmma_fence();
                  als::wgmma_bf16(d, a, a, false);
                  als::wgmma_commit();
@@ -280,16 +280,16 @@ TEST(WgmmaDeathTest, AProductThatNobodyWaitsFor) {
 TEST(WgmmaDeathTest, DescriptorsOfSomethingElse) {
   const auto multiply = [](uint64_t change) {
     emulated::copies_are_late = true;  // operands are read at once
-    with_operand([=](float(&d)[64], uint64_t a) {
+    with_operand([=](float (&d)[64], uint64_t a) {
       als::wgmma_fence();
       als::wgmma_bf16(d, a ^ change, a, false);
     });
   };
   EXPECT_DEATH(multiply(uint64_t{3} << 62), "another swizzle");
   EXPECT_DEATH(multiply(uint64_t{1} << 49), "base offset");
-  EXPECT_DEATH(multiply(4), "do not begin a pattern");        // 64 bytes on: the next row
-  EXPECT_DEATH(multiply(uint64_t{1} << 12), "outside of");    // 64 KiB on
-  EXPECT_DEATH(with_operand([](float(&d)[64], uint64_t a) {
+  EXPECT_DEATH(multiply(4), "do not begin a pattern");      // 64 bytes on: the next row
+  EXPECT_DEATH(multiply(uint64_t{1} << 12), "outside of");  // 64 KiB on
+  EXPECT_DEATH(with_operand([](float (&d)[64], uint64_t a) {
                  als::wgmma_fence();
                  als::wgmma_bf16(d, a, a, threadIdx.x == 3);
                }),
