@@ -21,7 +21,7 @@ struct KnnScoreParams {
   float* group_max;               // [queries][groups]
   int64_t queries, groups, first_group, dim;
   int tiles;        // of the database
-  int block_tiles;  // of them for one block
+  int block_tiles;  // of them for one block of knn_score
 };
 
 // Copies a slab, two pieces a thread.

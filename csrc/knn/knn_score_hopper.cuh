@@ -133,7 +133,7 @@ __device__ inline void knn_hopper_copy(const KnnScoreParams& p, const KnnHopperB
 }
 
 // The largest score of each group, for 64 queries of which the first is `query`. A lane owns two
-// neighbouring groups of the tile, two queries of each.
+// queries and two neighbouring groups of the tile (knn_position).
 __device__ __forceinline__ void knn_hopper_store(const KnnScoreParams& p, const float (&sum)[64],
                                                  const float (&h)[kKnnTile / 4], int64_t query,
                                                  int64_t tile) {
@@ -156,7 +156,8 @@ __device__ __forceinline__ void knn_hopper_store(const KnnScoreParams& p, const 
   }
 }
 
-// A warpgroup multiplies one query tile of each pair.
+// A warpgroup multiplies one query tile of each pair. What a group of wgmma holds is written
+// without a branch in it: ptxas would end the group there, and wait for more than is asked for.
 __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
                                                     const KnnHopperBlock& block, int mine) {
   const KnnHopperPlan& plan = block.plan;
@@ -187,14 +188,17 @@ __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
       int last = 0;  // the stage before
       for (int slab = 0; slab < plan.slabs; ++slab) {
         barrier_wait(block.full + stage.index, stage.parity);
-        const uint64_t above = wgmma_descriptor(shared + plan.query_at(mine, slab, stage.index));
-        const uint64_t below = above + (kKnnSlabBytes / 2 >> 4);
+        const unsigned query = shared + plan.query_at(mine, slab, stage.index);
+        const uint64_t above = wgmma_descriptor(query);
+        const uint64_t below = wgmma_descriptor(query + kKnnSlabBytes / 2);
         const uint64_t right = wgmma_descriptor(shared + plan.database_at(stage.index));
         wgmma_fence();
-        wgmma_bf16(upper, above, right, slab > 0);
-        wgmma_bf16(lower, below, right, slab > 0);
-        wgmma_bf16(upper, above + 2, right + 2, true);
-        wgmma_bf16(lower, below + 2, right + 2, true);
+        ALS_UNROLL
+        for (int k = 0; k < kKnnFeatures; k += kKnnMmaFeatures) {
+          const bool add = k > 0 || slab > 0;
+          wgmma_bf16(upper, advance_descriptor(above, k), advance_descriptor(right, k), add);
+          wgmma_bf16(lower, advance_descriptor(below, k), advance_descriptor(right, k), add);
+        }
         wgmma_commit();
         if (slab > 0) {
           wgmma_wait<1>();
@@ -228,6 +232,15 @@ __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
 #define ALS_KNN_HOPPER_THREADS 1
 #endif
 
+// What: max over each group of 16 rows of <q~, c~> - h, by wgmma.
+// Grid: a block an SM, for equal shares of all (pair of query tiles, database tile): a slab of the
+// database comes from L2 once for 256 queries. Warpgroup 0 copies, 1 and 2 multiply; a thread owns
+// the scores of 4 of 128 queries with 2 groups of rows.
+// Shared memory: dynamic, kKnnHopperShared, as KnnHopperPlan lays it out. `full` says that a stage
+// is there, `empty` that both warpgroups are done with it, `turn` that the other one has
+// multiplied. Determinism: one accumulator a score, features in order. Compiled without wgmma it
+// allows one thread a block, by which the host knows (knn_cuda.cu), and fails to launch as what it
+// is not.
 __global__ void __launch_bounds__(ALS_KNN_HOPPER_THREADS) knn_score_hopper(KnnScoreParams p) {
 #ifdef ALS_HAS_WGMMA
   ALS_DYNAMIC_SHARED(knn_shared);
