@@ -90,8 +90,8 @@ extensions = [
     )
 ]
 if want_cuda(cuda_home, torch.version.cuda):
-    # sm_80 code runs on every 8.x device, its PTX on newer ones; 9.0a is Hopper, for later use of
-    # its own instructions.
+    # sm_80 code runs on every 8.x device, its PTX on newer ones; 9.0a is Hopper with instructions
+    # of its own, which 9.0 does not have.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
     extensions.append(
         CUDAExtension(

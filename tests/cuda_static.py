@@ -7,9 +7,10 @@
 Registers, shared memory, stack, spills and planned occupancy of every kernel, for every
 architecture in the library, against the committed table tests/cuda_static.json. The gate fails when
 a number got worse, when a kernel is missing or not in the table, and when a rule is broken. Rules
-are written by hand and --update leaves them alone: which instructions a kernel must have, how many
-bytes it may spill and why, how much dynamic shared memory is planned. A rule that is "off" says
-what it waits for, is printed at every run, and fails as soon as it could be switched on.
+are written by hand and --update leaves them alone: which instructions a kernel must have, and which
+at most how often, how many bytes it may spill and why, how many threads a block has, how much
+dynamic shared memory is planned. A rule that is "off" says what it waits for, is printed at every
+run, and fails as soon as it could be switched on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from typing import Any
 TABLE = Path(__file__).with_suffix(".json")
 # Instructions that a kernel was written for: one that the table has and the build lacks fails. A
 # name stands for every opcode that has its parts: LDG.128 for LDG.E.128.CONSTANT.
-WATCHED = ("LDG.128", "STG.128", "LDGSTS.128", "LDSM", "UTMALDG", "HMMA", "HGMMA", "IMMA")
+WATCHED = (
+    *("LDG.128", "STG.128", "LDGSTS.128", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"),
+    *("HMMA", "HGMMA", "IMMA"),
+)
 SPILLS = ("LDL", "STL")
 RESERVED = 1024  # bytes of shared memory that the system takes of every block from sm_80 on
 REGISTER_UNIT = 256  # registers are handed to warps in this unit
@@ -263,6 +267,16 @@ def _unmet(rule: Row, matched: dict[str, Row]) -> list[str]:
     return lacking
 
 
+def _beyond(rule: Row, kernel: str, found: Row) -> Iterator[str]:
+    """Numbers of a kernel that a rule fixes or limits."""
+    if found["threads"] != rule.get("threads", found["threads"]):
+        yield f"{kernel}: {found['threads']} threads a block, {rule['threads']} by its rule"
+    for name, most in rule.get("at_most", {}).items():
+        count = has(found["opcodes"], name)
+        if count > most:
+            yield f"{kernel}: {count} times {name}, {most} by its rule ({rule['why']})"
+
+
 def check_rules(
     measured: dict[tuple[str, str], Row], rules: list[Row]
 ) -> tuple[list[str], list[str]]:
@@ -274,7 +288,9 @@ def check_rules(
             matched = {k: f for (a, k), f in measured.items() if applies(rule, a, k) and a == arch}
             if not matched:
                 wrong.append(f"{arch}: the rule for {rule['kernel']} matches no kernel")
-            elif "require" in rule:
+            for kernel, found in matched.items():
+                wrong += [f"{arch} {line}" for line in _beyond(rule, kernel, found)]
+            if matched and "require" in rule:
                 what = f"{arch} {rule['kernel']}: {', '.join(rule['require'])}"
                 unmet = _unmet(rule, matched)
                 if "off" not in rule:

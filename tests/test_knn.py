@@ -40,7 +40,7 @@ def check(query, database, k, **options):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dim", [1, 2, 3, 7, 16, 17, 127, 128, 129, 768, 1025])
+@pytest.mark.parametrize("dim", [1, 2, 3, 7, 16, 17, 127, 128, 129, 300, 768, 1025])
 def test_any_dimension(dim, metric, device):
     database = gaussian(333, dim, device)
     database[200:] = database[:133]  # ties: the lower index comes first

@@ -30,6 +30,36 @@ class Workspace {
   Tensor tensor_;
 };
 
+// Blocks of knn_score_hopper, one an SM, where the image of this library that the device runs holds
+// that kernel; else 0. Images of other architectures, 9.0 without the "a" included, hold one that
+// allows a single thread.
+int hopper_blocks() {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, knn_score_hopper));
+  if (attributes.maxThreadsPerBlock < kKnnHopperThreads) return 0;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(knn_score_hopper, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kKnnHopperShared));
+  int device = 0, blocks = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
+  return blocks;
+}
+
+void launch_score(KnnScoreParams score, int hopper, cudaStream_t stream) {
+  const int64_t query_tiles = ceil_div(score.queries, kKnnTile);
+  if (hopper > 0) {
+    const int64_t shares = ceil_div(query_tiles, 2) * score.tiles;
+    knn_score_hopper<<<grid(std::min<int64_t>(shares, hopper)), kKnnHopperThreads, kKnnHopperShared,
+                       stream>>>(score);
+  } else {
+    score.block_tiles = static_cast<int>(
+        std::clamp<int64_t>(score.tiles * query_tiles / kFewestBlocks, 1, kLongestRun));
+    const dim3 blocks(grid(query_tiles), grid(ceil_div(score.tiles, score.block_tiles)));
+    knn_score<<<blocks, kKnnThreads, kKnnScoreShared, stream>>>(score);
+  }
+  ALS_LAUNCH_CHECK();
+}
+
 template <typename T>
 void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric metric,
             bool exclude_self, bool exact, const KnnOutputs& outputs, cudaStream_t stream) {
@@ -85,6 +115,7 @@ void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric me
 
   STD_CUDA_CHECK(cudaFuncSetAttribute(knn_score, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       kKnnScoreShared));
+  const int hopper = hopper_blocks();
   int capacity = 256;
   while (capacity < 2 * k) capacity *= 2;
   constexpr int kEntry = sizeof(int64_t) + sizeof(uint32_t);
@@ -113,7 +144,6 @@ void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric me
                                                                   extent.get(), out);
         ALS_LAUNCH_CHECK();
       }
-      const int64_t run = std::clamp<int64_t>(here * count_tiles / kFewestBlocks, 1, kLongestRun);
       const KnnScoreParams score{packed_query.get(),
                                  packed.get(),
                                  half_norm.get(),
@@ -123,10 +153,8 @@ void search(const Tensor& query, const Tensor& database, int64_t k, KnnMetric me
                                  group,
                                  dim,
                                  static_cast<int>(here),
-                                 static_cast<int>(run)};
-      const dim3 blocks(grid(count_tiles), grid(ceil_div(here, run)));
-      knn_score<<<blocks, kKnnThreads, kKnnScoreShared, stream>>>(score);
-      ALS_LAUNCH_CHECK();
+                                 0};
+      launch_score(score, hopper, stream);
     }
     KnnSelectParams<T> select{x,
                               y,

@@ -3,6 +3,7 @@
 //   1. mean of the database and how far it reaches (float64)             knn_rows.cuh
 //   2. centred, scaled tiles in bf16, lengths of what rounding took      knn_pack.cuh
 //   3. scores on tensor cores; only the largest of 16 rows is written    knn_score.cuh
+//      the same on compute capability 9.0                                knn_score_hopper.cuh
 //   4. per query: the groups that can hold one of the k best (error
 //      bound of knn_math.h), their rows in float64, the k smallest       knn_select.cuh
 //   5. queries for which those are too many: float32 scores              knn_rescore.cuh
@@ -17,4 +18,5 @@
 #include "knn/knn_rescore.cuh"
 #include "knn/knn_rows.cuh"
 #include "knn/knn_score.cuh"
+#include "knn/knn_score_hopper.cuh"
 #include "knn/knn_select.cuh"

@@ -25,13 +25,13 @@ __device__ __forceinline__ int knn_chunk_offset(int position, int chunk) {
 }
 
 // Where row `row` of a database tile stands in it. In the result of the mma instructions a lane
-// owns columns 2 (lane % 4) and the next of every 8: those are 16 of the 64 columns of a warp, and
-// the rows placed there are 16 consecutive ones, a group. So a group is one lane's own maximum, and
-// everywhere else group g is rows 16 g to 16 g + 15.
+// owns columns 2 (lane % 4) and the next of every 8: those are 16 of each 64 columns, and the rows
+// placed there are 16 consecutive ones, a group. So a group is one lane's own maximum, groups 2 t
+// and 2 t + 1 belong to the same lanes, and everywhere else group g is rows 16 g to 16 g + 15.
 ALS_HOST_DEVICE int knn_position(int row) {
-  const int group = row % kKnnWarpColumns / kKnnGroup;  // = lane % 4
-  return row / kKnnWarpColumns * kKnnWarpColumns + row % kKnnGroup / 2 * kKnnMmaColumns +
-         2 * group + row % 2;
+  const int group = row / kKnnGroup;
+  return group % 2 * kKnnWarpColumns + row % kKnnGroup / 2 * kKnnMmaColumns + group / 2 * 2 +
+         row % 2;
 }
 static_assert(kKnnGroup == 2 * kKnnWarpColumns / kKnnMmaColumns, "the columns that a lane owns");
 

@@ -21,7 +21,7 @@ struct KnnScoreParams {
   float* group_max;               // [queries][groups]
   int64_t queries, groups, first_group, dim;
   int tiles;        // of the database
-  int block_tiles;  // of them for one block
+  int block_tiles;  // of them for one block of knn_score
 };
 
 // Copies a slab, two pieces a thread.
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kKnnThreads, 2) knn_score(KnnScoreParams p) {
       }
     }
     const int64_t group = p.first_group + (first_tile + tile) * int64_t{kKnnTileGroups} +
-                          warp_column / kKnnGroup + lane % 4;
+                          lane % 4 * 2 + warp_column / kKnnWarpColumns;
     ALS_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int64_t row = blockIdx.x * int64_t{kKnnTile} + warp_row + i * 8 + lane / 4;

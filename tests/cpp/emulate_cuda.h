@@ -40,7 +40,9 @@ struct Warp {
 inline Barrier* block = nullptr;
 inline std::vector<std::unique_ptr<Warp>> warps;
 inline unsigned char* dynamic_shared = nullptr;
-inline unsigned long block_number = 0;  // counts the blocks that were run
+inline size_t dynamic_shared_bytes = 0;
+inline unsigned long block_number = 0;           // counts the blocks that were run
+inline std::vector<void (*)()> at_end_of_block;  // what else has to hold there
 
 }  // namespace emulated
 
@@ -191,9 +193,11 @@ void launch(Dim blocks, unsigned threads, const Kernel& kernel, size_t bytes = 1
       if (posix_memalign(&shared, 1024, bytes) != 0) std::abort();
       const std::unique_ptr<void, void (*)(void*)> owner(shared, std::free);
       dynamic_shared = static_cast<unsigned char*>(std::memset(shared, 0xFF, bytes));
+      dynamic_shared_bytes = bytes;
       ++block_number;
       blockIdx = {x, y};
       run_fibers(threads, kernel, [](unsigned t) { threadIdx = {t, 0}; });
+      for (const auto check : at_end_of_block) check();
     }
   }
 }

@@ -45,10 +45,11 @@ inline float toward_zero(double x) {
   return std::fabs(nearest) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// sum + the eight products, the way tensor cores were found to add: all terms aligned to the
+// sum + the products of a block, the way tensor cores were found to add: all terms aligned to the
 // largest and cut off below its 24th bit, and the sum cut to float32. Without a guard bit, the
 // worst of what was found (knn_math.h, tensor_error).
-inline float add_block(float sum, const double (&product)[8]) {
+template <int kProducts>
+float add_block(float sum, const double (&product)[kProducts]) {
   double largest = std::fabs(sum);
   for (double p : product) largest = std::max(largest, std::fabs(p));
   if (largest == 0.0) return 0.0f;

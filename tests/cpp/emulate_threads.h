@@ -61,6 +61,13 @@ inline void wait_for_change(const unsigned& cell, unsigned seen) {
   arrive(fake, nullptr, nullptr);
 }
 
+// Called on a fiber: lets all others run as far as they get. One sweep over the warps is not
+// enough: the next one goes the other way.
+inline unsigned sweeps = 0;
+inline void let_others_run() {
+  for (int i = 0; i < 2; ++i) wait_for_change(sweeps, sweeps);
+}
+
 class Barrier {
  public:
   explicit Barrier(unsigned count) : count_(count) {}
@@ -123,6 +130,7 @@ inline void run_fibers(unsigned threads, const std::function<void()>& thread,
   bool progress = true;
   for (bool backward = false; progress; backward = !backward) {
     progress = false;
+    ++sweeps;
     for (unsigned w = 0; w < warps; ++w) {
       const unsigned first = (backward ? warps - 1 - w : w) * 32;
       for (bool again = true; again;) {

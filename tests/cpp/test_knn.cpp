@@ -7,6 +7,7 @@
 // clang-format off: the emulation comes before the kernels
 #include "emulate_cuda.h"
 #include "emulate_mma.h"
+#include "emulate_wgmma.h"
 #include "knn/knn_kernels.cuh"
 // clang-format on
 
@@ -130,6 +131,8 @@ struct Problem {
   std::vector<T> query, database;
 };
 
+bool hopper = false;  // which of the two scoring kernels; set by the tests below
+
 // How the host would launch it.
 struct Plan {
   int64_t chunk = 2;    // database tiles packed at a time
@@ -222,9 +225,13 @@ struct Scores {
                                  y.dim,
                                  static_cast<int>(here),
                                  plan.run};
-      emulated::launch(
-          {blocks(count, kKnnTile), blocks(here, plan.run)}, kKnnThreads, [&] { knn_score(score); },
-          kKnnScoreShared);
+      if (hopper) {
+        emulated::launch(3, kKnnHopperThreads, [&] { knn_score_hopper(score); }, kKnnHopperShared);
+      } else {
+        emulated::launch(
+            {blocks(count, kKnnTile), blocks(here, plan.run)}, kKnnThreads,
+            [&] { knn_score(score); }, kKnnScoreShared);
+      }
     }
   }
 
@@ -404,6 +411,25 @@ Problem<T> gaussian(int64_t queries, int64_t rows, int64_t dim, int64_t k, KnnMe
 
 constexpr KnnMetric kMetrics[] = {KnnMetric::kL2, KnnMetric::kCosine, KnnMetric::kIp};
 
+// Both scoring kernels, with copies as early and as late as they may come.
+struct Way {
+  bool late, hopper;
+};
+class KnnKernels : public testing::TestWithParam<Way> {
+ protected:
+  void SetUp() override {
+    emulated::copies_are_late = GetParam().late;
+    hopper = GetParam().hopper;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Ways, KnnKernels,
+                         testing::Values(Way{false, false}, Way{true, false}, Way{false, true},
+                                         Way{true, true}),
+                         [](const auto& way) {
+                           return std::string(way.param.hopper ? "Wgmma" : "Mma") +
+                                  (way.param.late ? "Late" : "Early");
+                         });
+
 // ---- scores ----
 
 TEST(Position, IsAPermutationOfATile) {
@@ -413,7 +439,7 @@ TEST(Position, IsAPermutationOfATile) {
 }
 
 // The largest true score of each group, the stored one, and the error that is granted.
-TEST(KnnScore, GroupMaximaAreWithinTheBound) {
+TEST_P(KnnKernels, GroupMaximaAreWithinTheBound) {
   double worst = 0.0;
   for (auto [dim, metric] : {std::pair{5, KnnMetric::kL2},
                              {70, KnnMetric::kIp},
@@ -460,16 +486,17 @@ TEST(KnnScore, GroupMaximaAreWithinTheBound) {
   EXPECT_GE(worst, 0.2);  // a bound far from what happens would measure far too much
 }
 
-TEST(TensorError, BoundsTheSumsOfTheInstruction) {
+template <int kProducts>
+void expect_bounded_sums() {
   // All of one sign, so that what is cut off adds up; exact in bf16, so that nothing else is lost.
   std::mt19937 random(3);
   std::uniform_int_distribution<int> integer(129, 255);
   double worst = 0.0;
-  for (int64_t dim : {8, 1024, 1 << 16}) {
+  for (int64_t dim : {16, 1024, 1 << 16}) {
     float score = 0.0f;
     double exact = 0.0, qq = 0.0, cc = 0.0;
-    for (int64_t j = 0; j < dim; j += 8) {
-      double product[8];
+    for (int64_t j = 0; j < dim; j += kProducts) {
+      double product[kProducts];
       for (double& value : product) {
         const double q = integer(random), c = integer(random);
         value = q * c;
@@ -487,14 +514,10 @@ TEST(TensorError, BoundsTheSumsOfTheInstruction) {
   EXPECT_GE(worst, 0.05);
 }
 
-// ---- results ----
+TEST(TensorError, BoundsTheSumsOfMma) { expect_bounded_sums<8>(); }
+TEST(TensorError, BoundsTheSumsOfWgmma) { expect_bounded_sums<16>(); }
 
-class KnnKernels : public testing::TestWithParam<bool> {
- protected:
-  void SetUp() override { emulated::copies_are_late = GetParam(); }
-};
-INSTANTIATE_TEST_SUITE_P(Copies, KnnKernels, testing::Bool(),
-                         [](const auto& late) { return late.param ? "Late" : "Early"; });
+// ---- results ----
 
 TEST_P(KnnKernels, EveryWidthAndMetric) {
   int turn = 0;
