@@ -59,26 +59,16 @@ def table(
     if context.invoked_subcommand is not None:
         return DONE
     races = [r for r in race.all_races(quick) if r.runs_on(device)]
-    chosen = [r for r in races if r.has_gpu_targets or not targets]
+    wanted = {r.name for r in races if r.has_gpu_targets or not targets}
 
     def run(one: race.Race, left: float) -> dict[str, Any]:
         return race.run(one, device=device, quick=quick, seconds_left=left)
 
-    result, path, missing = _run(
-        "table",
-        chosen,
-        run,
-        only,
-        quick,
-        threads,
-        out,
-        max_minutes,
-        resume,
-        order=[r.name for r in races],
-        device=device,
+    result, path, mine = _run(
+        "table", races, run, only, quick, threads, out, max_minutes, resume, wanted, device=device
     )
     Console(width=None if sys.stdout.isatty() else 160).print(report.console(result))
-    return _end(result, path, missing)
+    return _end(result, path, mine)
 
 
 @app.command()
@@ -98,11 +88,9 @@ def curves(
             raise race.OutOfTime
         return curve.run_curve(one, quick=quick)
 
-    result, path, missing = _run(
-        "curves", found, run, only, quick, threads, out, max_minutes, resume
-    )
+    result, path, mine = _run("curves", found, run, only, quick, threads, out, max_minutes, resume)
     print(report.markdown(result))
-    return _end(result, path, missing)
+    return _end(result, path, mine)
 
 
 @app.command(name="report")
@@ -131,13 +119,16 @@ def _run(
     out: Path | None,
     max_minutes: float,
     resume: bool,
-    order: list[str] | None = None,
+    wanted: set[str] | None = None,
     **settings: Any,
-) -> tuple[dict[str, Any], Path, int]:
+) -> tuple[dict[str, Any], Path, set[str]]:
     """Run the tasks that the file does not hold yet; the file is written after each.
 
     Args:
-        order: names of all rows that the file can hold; by default those of the tasks.
+        wanted: names of the tasks to be run; by default all, of the operations ``only``.
+
+    Returns:
+        The result, its file, and the names of the rows that this call is to bring.
     """
     tasks = list(tasks)
     chosen = {task.op for task in tasks} if only is None else set(only.split(","))
@@ -155,8 +146,8 @@ def _run(
     failed = {name for name, row in done.items() if "failed" in row}
     if settings.get("device") == "cuda" and "peaks" not in result:
         result["peaks"] = roofline.measure()
-    order = order or [task.name for task in tasks]
-    mine = [task for task in tasks if task.op in chosen]
+    order = [task.name for task in tasks]
+    mine = [t for t in tasks if t.op in chosen and (wanted is None or t.name in wanted)]
     mine.sort(key=lambda task: task.name in failed)  # these again, when the others are done
     for number, task in enumerate(mine):
         if task.name in done and task.name not in failed:
@@ -177,15 +168,14 @@ def _run(
         if "failed" in row and settings.get("device") == "cuda" and race.device_is_lost():
             _say("  the device is lost to this process; --resume goes on with the other rows")
             break
-    missing = [task.name for task in tasks if task.op in chosen and task.name not in done]
-    return result, path, len(missing)
+    return result, path, {task.name for task in mine}
 
 
-def _end(result: dict[str, Any], path: Path, missing: int) -> int:
+def _end(result: dict[str, Any], path: Path, mine: set[str]) -> int:
+    rows = [row for row in result["rows"] if row["name"] in mine]
+    missing = len(mine) - len(rows)
     _say(f"written: {path}" + (f"; {missing} rows are missing, --resume" if missing else ""))
-    if any(
-        "failed" in row or not row.get("gate", {}).get("passed", True) for row in result["rows"]
-    ):
+    if any("failed" in row or not row.get("gate", {}).get("passed", True) for row in rows):
         _say("a race failed, or ours missed an accuracy gate")
         return FAILED
     return UNFINISHED if missing else DONE

@@ -103,7 +103,7 @@ def test_the_head_says_where_it_was_measured(quick_run):
         result["versions"]
     ) - {"threadpoolctl"}
     assert result["als_ext"]["version"]
-    assert set(result["commit"]) == {"hash", "dirty"}
+    assert set(result["commit"]) == {"hash", "dirty", "files"}
     assert str(ROOT) not in quick_run[0].read_text()
 
 
@@ -357,7 +357,7 @@ def test_the_page_shows_what_the_committed_results_say():
     assert images <= {p.name for p in (PAGE.parent / "img").iterdir()}
     for result in results.values():
         assert not result["settings"]["quick"]
-        assert result["complete"]
+        assert result["complete"] or report.of_gpu(result), "a lent GPU may not bring every row"
         assert all(row.get("gate", {"passed": True})["passed"] for row in result["rows"])
 
 
