@@ -48,7 +48,7 @@ GROWTH = f"time_at_k_{MANY}_over_k_{FEW}"
 ORDERS = ("nearest first", "farthest first")
 
 
-@functools.lru_cache(maxsize=4)  # the largest is 184 MB
+@functools.lru_cache(maxsize=4)  # the largest is 512 MB
 def points(count, dim, seed):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 

@@ -15,7 +15,7 @@ import als_ext
 from bench.gpu_host import files_key
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_PACKAGES = ("triton", "liger-kernel", "quack-kernels", "flashlib")
+GPU_PACKAGES = ("triton", "nvidia-cutlass-dsl", "liger-kernel", "quack-kernels", "flashlib")
 PACKAGES = ("torch", "numpy", "scikit-learn", "faiss-cpu", "cleanlab", "threadpoolctl")
 
 

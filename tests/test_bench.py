@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -111,7 +112,10 @@ def test_peers_that_are_missing_are_named(quick_run):
     result = record.read(quick_run[0])
     compiled = [r for r in report.raced(result) if "torch.compile" in r["skipped"]]
     assert compiled, "a quick run compiles nothing and has to say so"
-    assert "torch.compile: a quick run compiles nothing" in report.markdown(result)
+    text = report.markdown(result)
+    assert "torch.compile: a quick run compiles nothing" in text
+    for peer in ("Liger-Kernel", "QuACK, one pass (no weights)", "FlashLib"):
+        assert re.search(rf"{re.escape(peer)}.*: needs a CUDA device", text), peer
     assert "torch.compile: skipped" in quick_run[1].stdout
 
 
