@@ -31,18 +31,18 @@ def part(results: dict[str, dict[str, Any]]) -> str:
 def aims() -> str:
     """Every race that has a target on a GPU, with its estimated limits; from the races alone."""
     lines = []
-    for one in race.all_races(quick=False):
-        if not one.has_gpu_targets or one.counts is None:
-            continue
+    for one in filter(lambda one: one.has_gpu_targets, race.all_races(quick=False)):
         wanted = [f"{name} ≥ {least:.2f}" for name, least in one.gpu_at_least.items()]
         wanted += [f"{name} ≤ {most:.2f}" for name, most in one.gpu_at_most.items()]
-        counts = one.counts
-        limits = [
-            f"{number(1e6 * roofline.limit_s(counts, peaks))} ({roofline.bound(counts, peaks)})"
-            for peaks in roofline.PUBLISHED.values()
-        ]
-        work = [number(counts.bytes / 1e6), number(counts.flops / 1e9)]
-        lines.append([one.name, "; ".join(wanted).replace("_", " "), *work, *limits])
+        cells = ["–"] * (2 + len(roofline.PUBLISHED))
+        if one.counts is not None:
+            counts = one.counts
+            cells = [number(counts.bytes / 1e6), number(counts.flops / 1e9)]
+            cells += [
+                f"{number(1e6 * roofline.limit_s(counts, peaks))} ({roofline.bound(counts, peaks)})"
+                for peaks in roofline.PUBLISHED.values()
+            ]
+        lines.append([one.name, "; ".join(wanted).replace("_", " "), *cells])
     head = ["race", "targets: theirs / ours, or a figure", "MB", "GFLOP"]
     head += [f"{name}, µs, estimated" for name in roofline.PUBLISHED]
     return markdown_table(head, lines)

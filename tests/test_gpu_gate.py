@@ -119,7 +119,7 @@ def test_every_part_has_a_rehearsal_and_a_limit_below_the_gates():
 
 def test_what_says_most_comes_first():
     names = [part.name for part in gpu_parts.all_parts("out", None)]
-    order = ["build", "tests-rest", "sanitizer-memcheck-rest", "targets-knn", "targets-also"]
+    order = ["build", "tests-rest", "sanitizer-memcheck-knn", "targets-knn", "targets-also"]
     assert [name for name in names if name in order] == order
     assert names.index("targets-also") < names.index("graphs") < names.index("bench-knn")
 

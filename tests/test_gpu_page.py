@@ -69,8 +69,9 @@ def test_every_target_of_the_design_has_a_row_that_runs_on_a_gpu():
 
 
 def test_every_row_of_a_gpu_is_counted():
-    uncounted = [r.name for r in race.all_races(False) if r.runs_on("cuda") and r.counts is None]
-    assert not uncounted
+    """But for those that wait for the host's memory, which these limits do not know."""
+    rows = [r for r in race.all_races(False) if r.runs_on("cuda") and r.counts is None]
+    assert not [r.name for r in rows if "from the host" not in r.case]
 
 
 # ---- limits ------------------------------------------------------------------------------------
