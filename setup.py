@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import setup
 
@@ -69,10 +70,17 @@ host = [
 
 
 class Build(BuildExtension):
-    """Hands the version of pyproject.toml to C++, and links only what the stable ABI needs."""
+    """Hands the version of pyproject.toml and the digest of the sources to C++, and links only what
+    the stable ABI needs."""
 
     def build_extensions(self):
+        written = Path(self.build_temp).resolve() / "als_sources.h"
+        text = f'#define ALS_SOURCES "{run_path(str(ROOT / "csrc" / "digest.py"))["digest"](ROOT)}"\n'
+        if not written.exists() or written.read_text() != text:
+            written.parent.mkdir(parents=True, exist_ok=True)
+            written.write_text(text)
         for ext in self.extensions:
+            ext.include_dirs.append(str(written.parent))
             ext.define_macros.append(("ALS_VERSION", self.distribution.get_version()))
             ext.libraries = [
                 x for x in ext.libraries if x not in {"torch_python", "c10", "c10_cuda"}

@@ -56,11 +56,11 @@ def build_info() -> dict[str, object]:
     """Return what this installation is: versions, instruction sets, CUDA.
 
     Returns:
-        dict with the keys ``version``, ``compiler``, ``built_with_torch``, ``torch``, ``cpu``
-        (instruction set ->
+        dict with the keys ``version``, ``compiler``, ``built_with_torch``, ``sources`` (digest of
+        what was compiled, "unknown" for a developer build), ``torch``, ``cpu`` (instruction set ->
         bool), ``cuda_kernels`` (bool), ``cuda_version`` (int as CUDART_VERSION, -1 without CUDA
-        kernels),
-        ``cuda_missing`` (why there are no CUDA kernels, or None), ``threads``.
+        kernels), ``cuda_sources`` (as ``sources``, or None), ``cuda_missing`` (why there are no
+        CUDA kernels, or None), ``threads``.
 
     Example:
         >>> import als_ext
@@ -72,6 +72,7 @@ def build_info() -> dict[str, object]:
     info["cpu"] = dict(_C.cpu_capability())
     info["cuda_kernels"] = has_cuda_kernels()
     info["cuda_version"] = -1 if _cuda is None else _cuda.cuda_version
+    info["cuda_sources"] = None if _cuda is None else _cuda.sources
     info["cuda_missing"] = _cuda_missing if _cuda is None else None
     info["threads"] = torch.get_num_threads()
     return info

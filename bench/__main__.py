@@ -3,6 +3,7 @@
 python -m bench                                 the table of docs/performance.md
 python -m bench --only knn,weighted_loss        some operations
 python -m bench --max-minutes 10 --resume       go on where the last call stopped
+python -m bench --device cuda --targets         on a GPU, the races that have a target there
 python -m bench curves                          time against n, C, D, k and M
 python -m bench report FILE... [--page PAGE]    Markdown of results; tables and plots of a page
 """
@@ -20,7 +21,7 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import curve, machine, race, record, report
+from bench import curve, machine, race, record, report, roofline
 
 app = typer.Typer(
     add_completion=False,
@@ -50,20 +51,24 @@ def table(
     max_minutes: Minutes = math.inf,
     resume: Resume = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Only the races that have a target on a GPU.")
+    ] = False,
 ) -> int:
     """Race every operation and print the table."""
     if context.invoked_subcommand is not None:
         return DONE
     races = [r for r in race.all_races(quick) if r.runs_on(device)]
+    wanted = {r.name for r in races if r.has_gpu_targets or not targets}
 
     def run(one: race.Race, left: float) -> dict[str, Any]:
         return race.run(one, device=device, quick=quick, seconds_left=left)
 
-    result, path, missing = _run(
-        "table", races, run, only, quick, threads, out, max_minutes, resume, device=device
+    result, path, mine = _run(
+        "table", races, run, only, quick, threads, out, max_minutes, resume, wanted, device=device
     )
     Console(width=None if sys.stdout.isatty() else 160).print(report.console(result))
-    return _end(result, path, missing)
+    return _end(result, path, mine)
 
 
 @app.command()
@@ -83,11 +88,9 @@ def curves(
             raise race.OutOfTime
         return curve.run_curve(one, quick=quick)
 
-    result, path, missing = _run(
-        "curves", found, run, only, quick, threads, out, max_minutes, resume
-    )
+    result, path, mine = _run("curves", found, run, only, quick, threads, out, max_minutes, resume)
     print(report.markdown(result))
-    return _end(result, path, missing)
+    return _end(result, path, mine)
 
 
 @app.command(name="report")
@@ -116,9 +119,17 @@ def _run(
     out: Path | None,
     max_minutes: float,
     resume: bool,
+    wanted: set[str] | None = None,
     **settings: Any,
-) -> tuple[dict[str, Any], Path, int]:
-    """Run the tasks that the file does not hold yet; the file is written after each."""
+) -> tuple[dict[str, Any], Path, set[str]]:
+    """Run the tasks that the file does not hold yet; the file is written after each.
+
+    Args:
+        wanted: names of the tasks to be run; by default all, of the operations ``only``.
+
+    Returns:
+        The result, its file, and the names of the rows that this call is to bring.
+    """
     tasks = list(tasks)
     chosen = {task.op for task in tasks} if only is None else set(only.split(","))
     unknown = chosen - {task.op for task in tasks}
@@ -130,14 +141,18 @@ def _run(
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"quick": quick, **settings}
     result = record.start(path, record.head(kind, settings), resume)
-    keep = [row for row in result["rows"] if "failed" not in row]
-    done = {row["name"]: row for row in keep}
     end = time.monotonic() + 60 * max_minutes
+    done = {row["name"]: row for row in result["rows"]}
+    failed = {name for name, row in done.items() if "failed" in row}
+    if settings.get("device") == "cuda" and "peaks" not in result:
+        result["peaks"] = roofline.measure()
     order = [task.name for task in tasks]
-    for number, task in enumerate(tasks):
-        if task.op not in chosen or task.name in done:
+    mine = [t for t in tasks if t.op in chosen and (wanted is None or t.name in wanted)]
+    mine.sort(key=lambda task: task.name in failed)  # these again, when the others are done
+    for number, task in enumerate(mine):
+        if task.name in done and task.name not in failed:
             continue
-        _say(f"[{number + 1}/{len(tasks)}] {task.name}")
+        _say(f"[{number + 1}/{len(mine)}] {task.name}")
         try:
             row = run(task, end - time.monotonic())
         except race.OutOfTime:
@@ -150,15 +165,17 @@ def _run(
         result["rows"] = [done[name] for name in order if name in done]
         result["complete"] = len(result["rows"]) == len(order)
         record.write(path, result)
-    missing = [task.name for task in tasks if task.op in chosen and task.name not in done]
-    return result, path, len(missing)
+        if "failed" in row and settings.get("device") == "cuda" and race.device_is_lost():
+            _say("  the device is lost to this process; --resume goes on with the other rows")
+            break
+    return result, path, {task.name for task in mine}
 
 
-def _end(result: dict[str, Any], path: Path, missing: int) -> int:
+def _end(result: dict[str, Any], path: Path, mine: set[str]) -> int:
+    rows = [row for row in result["rows"] if row["name"] in mine]
+    missing = len(mine) - len(rows)
     _say(f"written: {path}" + (f"; {missing} rows are missing, --resume" if missing else ""))
-    if any(
-        "failed" in row or not row.get("gate", {}).get("passed", True) for row in result["rows"]
-    ):
+    if any("failed" in row or not row.get("gate", {}).get("passed", True) for row in rows):
         _say("a race failed, or ours missed an accuracy gate")
         return FAILED
     return UNFINISHED if missing else DONE

@@ -11,11 +11,13 @@ import torch
 
 from als_ext.ops.also_step import also_step_
 from als_ext.reference.also_step import AlsoState, also_step
-from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
+from bench.race import NOT_COMPILED, Counts, Lineup, Race, compile_peer
 
 LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-3
+FLOPS = 2 * 15  # two Adam steps a parameter
 # (tensors, elements a tensor): one large, a ResNet-18-like number, a small CNN
 SIZES = {"1 × 16M": (1, 16_000_000), "60 × 200k": (60, 200_000), "8 × 12k": (8, 12_000)}
+TARGETS = {"fused AdamW (one step)": 1 / 1.35, "foreach composite": 3.0}
 SETTINGS = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY}
 
 
@@ -77,7 +79,7 @@ def setup(tensors, elements, quick, device):
     else:
         five = copies(), grads, zeros(), zeros(), copies()
         lineup.peer("torch.compile composite", partial(compiled, *five), compiled=True)
-    lineup.at_least = {"fused AdamW (one step)": 1 / 1.35, "foreach composite": 3.0}
+    lineup.at_least = TARGETS
     moved = torch.ones(36 * tensors * elements // 8, device=device)  # reads and writes 4 bytes each
     lineup.ceiling("update of the same bytes in place", partial(moved.mul_, 1.0))
     return lineup
@@ -86,4 +88,10 @@ def setup(tensors, elements, quick, device):
 def races(quick):
     sizes = {"2 × 500": (2, 500)} if quick else SIZES
     for case, (tensors, elements) in sizes.items():
-        yield Race("also_step", case, partial(setup, tensors, elements, quick))
+        yield Race(
+            "also_step",
+            case,
+            partial(setup, tensors, elements, quick),
+            counts=Counts(36 * tensors * elements, FLOPS * tensors * elements),
+            gpu_at_least=TARGETS,
+        )

@@ -2,8 +2,8 @@
 
 What each peer is given is made before the clock starts: a faiss index that holds the database
 already, scikit-learn's fitted brute force, numpy arrays for both. Ceilings: the matrix product of
-the same shape alone, float32 and bfloat16, its result thrown away; for one query, a read of the
-database.
+the same shape alone, float32 and bfloat16, its result thrown away; on a GPU, bfloat16 products at
+the rate of a large square matrix product; for few queries, a read of the database.
 """
 
 import functools
@@ -16,20 +16,39 @@ from als_ext.ops import knn
 from als_ext.reference.knn import knn as float64_knn
 from bench import peers
 from bench.curve import Curve
-from bench.race import Lineup, Race
+from bench.inputs import DTYPES
+from bench.race import Counts, Lineup, Race
 
 BLOCK = 2048  # queries at a time for peers that make a Q × M matrix
 DIMS, KS = (8, 64, 128, 512, 768), (1, 10, 64, 500)
 ROWS, QUERIES = 60_000, 4096
 CHECKED = 20  # queries compared with float64
-# (queries, rows, D, k, order) on a GPU beside the others: neighbour graphs, growing k, growing D
-GPU_SIZES = [(100_000, 100_000, dim, 10, "self") for dim in (128, 256)]
-GPU_SIZES += [(16_384, 100_000, 128, k, "random") for k in (4, 16, 32, 64)]
-GPU_SIZES += [(16_384, 100_000, dim, 10, "random") for dim in (512, 768)]
+PEAK = "bfloat16 products at their peak"
+PEAK_SIZE = 8192
+READ = "read of the database"
+PRODUCT = {"float32": "float32 product", "bfloat16": "bfloat16 product"}
+# queries, rows, D, k, order, dtype on a GPU beside the others -> targets: neighbour graphs, growing
+# D, growing k, few queries
+GPU_SIZES = {
+    (100_000, 100_000, 128, 10, "self", "bfloat16"): {peers.FLASHLIB: 2.5, PEAK: 0.45},
+    (100_000, 100_000, 256, 10, "self", "bfloat16"): {peers.FLASHLIB: 2.0},
+    (100_000, 100_000, 128, 10, "self", "float32"): {peers.FLASHLIB: 1.5},
+    (16_384, 100_000, 512, 10, "random", "bfloat16"): {PRODUCT["bfloat16"]: 0.9},
+    (16_384, 100_000, 768, 10, "random", "bfloat16"): {PRODUCT["bfloat16"]: 0.9},
+    (1, 1_000_000, 128, 10, "random", "float32"): {READ: 0.8},
+    (16, 1_000_000, 128, 10, "random", "float32"): {READ: 0.8},
+    **{(16_384, 100_000, 128, k, "random", "bfloat16"): {} for k in (4, 16, 32)},
+}
+QUICK_GPU_SIZES = {
+    (40, 600, 24, 4, "random", "bfloat16"): {},
+    (300, 300, 24, 4, "self", "bfloat16"): {},
+}
+MANY, FEW = 64, 8  # neighbours
+GROWTH = f"time_at_k_{MANY}_over_k_{FEW}"
 ORDERS = ("nearest first", "farthest first")
 
 
-@functools.lru_cache(maxsize=4)  # the largest is 184 MB
+@functools.lru_cache(maxsize=4)  # the largest is 512 MB
 def points(count, dim, seed):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
@@ -80,14 +99,6 @@ def mismatch(got, want):
     return (got != want).float().mean().item()
 
 
-def gpu_targets(dim, self_graph):
-    if dim >= 512:
-        return {"bfloat16 product": 0.9}
-    if not self_graph:
-        return {}
-    return {128: {peers.FLASHLIB: 2.5, "bfloat16 product": 0.45}, 256: {peers.FLASHLIB: 2.0}}[dim]
-
-
 def has_bf16_products():
     return any("bf16" in name and there for name, there in als_ext.build_info()["cpu"].items())
 
@@ -107,34 +118,44 @@ def sklearn_brute(database, k):
     return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(database.numpy())
 
 
-@functools.lru_cache(maxsize=1)  # seconds at D = 768, and the same for every k
-def nearest(queries, rows, dim, order):
-    query, database = inputs(queries, rows, dim, order)
-    return float64_knn(query[:CHECKED], database, max(KS), exclude_self=order.startswith("self"))
+@functools.lru_cache(maxsize=1)  # seconds at D = 768 on a CPU, and the same for every k
+def nearest(queries, rows, dim, order, dtype, device):
+    query, database = (x.to(device, DTYPES[dtype]) for x in inputs(queries, rows, dim, order))
+    found = float64_knn(
+        query[:CHECKED], database, min(max(KS), rows - 1), exclude_self=order.startswith("self")
+    )
+    return [part.cpu() for part in found]
 
 
-def setup(queries, rows, dim, k, order, few, quick, device):
-    query, database = (part.to(device) for part in inputs(queries, rows, dim, order))
-    exclude = order.startswith("self")
-    ours = partial(knn, query, database, k, exclude_self=exclude)
-    want = [part[:, :k] for part in nearest(queries, rows, dim, order)]
+def gated(ours, want, measure="share of neighbours out of set or order, against float64"):
+    """A lineup whose gate compares the first queries with float64."""
 
     def error():
         distance, index = (part[:CHECKED].cpu() for part in ours())
-        wrong = (distance != want[0]).float().mean().item()
-        return max(wrong, mismatch(index, want[1]))
+        return max((distance != want[0]).float().mean().item(), mismatch(index, want[1]))
 
-    lineup = Lineup("share of neighbours out of set or order, against float64", 0.0)
+    lineup = Lineup(measure, 0.0)
     lineup.ours(ours, error)
+    return lineup
+
+
+def setup(queries, rows, dim, k, order, dtype, few, quick, device):
+    query, database = (x.to(device, DTYPES[dtype]) for x in inputs(queries, rows, dim, order))
+    if order.startswith("self"):
+        query = database  # one tensor, as FlashLib knows a graph by
+    exclude = order.startswith("self")
+    want = [part[:, :k] for part in nearest(queries, rows, dim, order, dtype, device)]
+    lineup = gated(partial(knn, query, database, k, exclude_self=exclude), want)
     reason = "raced at D = 8 and 128, k = 10, to bound the time"
-    if few:
-        for name in ("fast", "scikit-learn", "cdist + topk"):
-            lineup.skip(name, reason)
-    else:
+    if device.type == "cuda" or not few:
         fast = partial(knn, query, database, k, exclude_self=exclude, precision="fast")
         lineup.variant("fast", fast)
+    if few:
+        for name in ("fast", "scikit-learn", "cdist + topk")[device.type == "cuda" :]:
+            lineup.skip(name, reason)
+    else:
         lineup.peer("cdist + topk", partial(cdist_topk, query, database, k + exclude))
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype == "float32":
         _cpu_peers(lineup, query, database, k + exclude, few, None if exclude else want[1])
 
     def third_party_error(search):
@@ -142,15 +163,35 @@ def setup(queries, rows, dim, k, order, few, quick, device):
 
     own = None if exclude else third_party_error
     peers.add_knn(lineup, query, database, k + exclude, own, quick)
-    if queries == 1:
-        lineup.ceiling("read of the database", lambda: database.amax())
     lineup.at_least = {"faiss": 1.0}
     if exclude:
         lineup.at_least = {"faiss": 2.5 if has_bf16_products() else 1.5, "float32 product": 1 / 1.1}
-    if device.type == "cuda":
-        lineup.at_least = gpu_targets(dim, exclude) if rows > ROWS else {}
-    lineup.ceiling("float32 product", product(query, database))
-    lineup.ceiling("bfloat16 product", product(query.bfloat16(), database.bfloat16()))
+    _ceilings(lineup, query, database)
+    return lineup
+
+
+def _ceilings(lineup, query, database):
+    if len(query) <= 16:
+        lineup.ceiling(READ, lambda: database.amax())
+    for dtype, name in PRODUCT.items():
+        kind = DTYPES[dtype]
+        lineup.ceiling(name, product(query.to(kind), database.to(kind)))
+    if query.is_cuda and len(query) > 16:
+        square = torch.randn(PEAK_SIZE, PEAK_SIZE, device=query.device).bfloat16()
+        out = torch.empty_like(square)
+        share = 2 * PEAK_SIZE**3 / (2 * len(query) * database.numel())
+        lineup.ceiling(PEAK, partial(torch.mm, square, square, out=out), repeat=share)
+
+
+def setup_growth(queries, rows, dim, quick, device):
+    """k = MANY against k = FEW on the same data."""
+    query, database = (x.to(device, torch.bfloat16) for x in inputs(queries, rows, dim, "random"))
+    want = nearest(queries, rows, dim, "random", "bfloat16", device)
+    lineup = gated(partial(knn, query, database, MANY), [part[:, :MANY] for part in want])
+    lineup.part("ours, fewer neighbours", partial(knn, query, database, FEW))
+    lineup.derive = lambda median: {GROWTH: median["ours"] / median["ours, fewer neighbours"]}
+    peers.add_knn(lineup, query, database, MANY, None, quick)
+    _ceilings(lineup, query, database)
     return lineup
 
 
@@ -179,13 +220,21 @@ def _cpu_peers(lineup, query, database, k, few, want):
         lineup.skip("scikit-learn", "scikit-learn is not installed")
 
 
+def counts(queries, rows, dim, k, dtype, same):
+    """Rows are read once, k distances and indices a query written; a product is an FMA."""
+    read = (rows if same else queries + rows) * dim * DTYPES[dtype].itemsize
+    return Counts(read + queries * k * 12, 2.0 * queries * rows * dim, "bfloat16")
+
+
 def races(quick):
     rows, queries = (600, 64) if quick else (ROWS, QUERIES)
 
     def race(count, dim, k, order="random", few=False):
         case = f"D = {dim}, k = {k}, Q = {count}"
         case += "" if order == "random" else f", {order}"
-        return Race("knn", case, partial(setup, count, rows, dim, k, order, few, quick))
+        make = partial(setup, count, rows, dim, k, order, "float32", few, quick)
+        size = counts(count, rows, dim, k, "float32", order.startswith("self"))
+        return Race("knn", case, make, counts=size)
 
     grid = [(dim, k) for dim in ((8, 24) if quick else DIMS) for k in ((1, 10) if quick else KS)]
     for dim, k in grid:
@@ -196,10 +245,26 @@ def races(quick):
         yield race(queries, 24 if quick else 128, 10, order, few=True)
     for count in (1, 16):
         yield race(count, 24 if quick else 128, 10)
-    for count, many, dim, k, order in [] if quick else GPU_SIZES:
-        case = f"D = {dim}, k = {k}, Q = {count}, M = {many}, {order}"
-        make = partial(setup, count, many, dim, k, order, True, quick)
-        yield Race("knn", case, make, gpu_only=True)
+    for (count, many, dim, k, order, dtype), aims in (
+        QUICK_GPU_SIZES if quick else GPU_SIZES
+    ).items():
+        yield Race(
+            "knn",
+            f"D = {dim}, k = {k}, Q = {count}, M = {many}, {order}, {dtype}",
+            partial(setup, count, many, dim, k, order, dtype, True, quick),
+            gpu_only=not quick,
+            counts=counts(count, many, dim, k, dtype, order == "self"),
+            gpu_at_least=aims,
+        )
+    count, many, dim = (40, 600, 24) if quick else (16_384, 100_000, 128)
+    yield Race(
+        "knn",
+        f"D = {dim}, k = {MANY} against {FEW}, Q = {count}, M = {many}, random, bfloat16",
+        partial(setup_growth, count, many, dim, quick),
+        gpu_only=not quick,
+        counts=counts(count, many, dim, MANY, "bfloat16", False),
+        gpu_at_most={GROWTH: 1.25},
+    )
 
 
 def curves(quick):

@@ -14,13 +14,14 @@ import torch
 from als_ext import SampleWeights
 from bench.curve import Curve
 from bench.inputs import COPY, copy_of
-from bench.race import NOT_COMPILED, Lineup, Race, Unavailable, compile_peer
+from bench.race import NOT_COMPILED, Counts, Lineup, Race, Unavailable, compile_peer
 
 LR, DECAY = 1e-3, 1e-2
 BATCHES = 64  # more than a race calls
 STEPS = 5  # before the gate looks
 GATE = 2e-6
 GPU_TARGETS = {"reference, torch eager": 4.0, "reference, torch.compile": 1.5, COPY: 0.85}
+FLAT = "time_over_that_of_few_samples"
 REFERENCE_UP_TO = {"cpu": 10_000_000, "cuda": 100_000_000}
 
 
@@ -122,8 +123,15 @@ def setup(n, size, mode, with_prior, quick, device):
         lineup.ceiling(COPY, copy_of((8 if with_prior else 4) * n, device))
         if n == 10_000_000:
             lineup.at_least = {"reference, torch eager": 20.0, COPY: 0.6}
-        if device.type == "cuda":
-            lineup.at_least = {} if n < 10**8 else GPU_TARGETS
+    return lineup
+
+
+def setup_flat(many, few, size, quick, device):
+    """A lazy step of many samples against one of few."""
+    lineup = setup(many, size, "lazy", False, quick, device)
+    weights = make_weights(few, "lazy", None, device)
+    lineup.part("few samples", partial(step, weights, batches(few, size, device)))
+    lineup.derive = lambda median: {FLAT: median["ours"] / median["few samples"]}
     return lineup
 
 
@@ -141,20 +149,44 @@ def _torch_peers(lineup, n, prior, index, loss, quick):
     lineup.peer("log domain, torch", partial(log_domain, r, start.log(), index, loss))
 
 
+def counts(n, size, mode, with_prior):
+    """A dense step reads an entry (and its prior); a lazy one reads and writes those of the batch.
+    Index and loss come, a weight goes; an exponential and two additions an entry."""
+    entries = (8 if with_prior else 4) * n if mode == "dense" else 2 * 8 * size
+    return Counts(entries + size * (8 + 4 + 4), 3.0 * (n if mode == "dense" else size))
+
+
 def races(quick):
     dense = [(60_000, 128, False), (1_000_000, 1024, False), (10_000_000, 1024, False)]
     dense += [(10_000_000, 1024, True), (100_000_000, 1024, False)]
-    lazy = [10**5, 10**6, 10**7, 10**8, 10**9]
+    lazy = [10**5, 10**6, 10**7, 10**8]
     if quick:
         dense, lazy = [(3000, 64, False), (3000, 64, True)], [3000]
     for n, size, with_prior in dense:
-        case = f"dense, n = {n:.0e}, B = {size}" + (", prior" if with_prior else "")
-        make = partial(setup, n, size, "dense", with_prior, quick)
-        yield Race("pi_step", case, make, gpu_only=n > 10**7)
+        yield Race(
+            "pi_step",
+            f"dense, n = {n:.0e}, B = {size}" + (", prior" if with_prior else ""),
+            partial(setup, n, size, "dense", with_prior, quick),
+            gpu_only=n > 10**7,
+            counts=counts(n, size, "dense", with_prior),
+            gpu_at_least=GPU_TARGETS if n >= 10**8 else {},
+        )
     for n in lazy:
-        case = f"lazy, n = {n:.0e}, B = 256"
-        make = partial(setup, n, 256, "lazy", False, quick)
-        yield Race("pi_step", case, make, gpu_only=n > 10**8)
+        yield Race(
+            "pi_step",
+            f"lazy, n = {n:.0e}, B = 256",
+            partial(setup, n, 256, "lazy", False, quick),
+            counts=counts(n, 256, "lazy", False),
+        )
+    many, few = (3000, 1000) if quick else (10**9, 10**6)
+    yield Race(
+        "pi_step",
+        f"lazy, n = {many:.0e} against {few:.0e}, B = 256",
+        partial(setup_flat, many, few, 256, quick),
+        gpu_only=not quick,
+        counts=counts(many, 256, "lazy", False),
+        gpu_at_most={FLAT: 1.2},
+    )
 
 
 def curves(quick):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from als_ext.ops import sample_loss
 from als_ext.reference.sample_loss import sample_loss as float64_loss
 from bench import peers
-from bench.bench_weighted_loss import GPU_SHAPES, SHAPES, gpu_targets
-from bench.inputs import COPY, LIMIT, batch, copy_of, deviation
+from bench.bench_weighted_loss import NARROW, SHAPES
+from bench.inputs import COPY, LIMIT, batch, copy_of, counts, exact, losses_off
 from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
 
 
@@ -31,6 +31,14 @@ def gce(logits, target):
     p = logits.softmax(dim=1).gather(1, target[:, None]).squeeze(1)
     return (1 - p**0.7) / 0.7
 
+
+# On a GPU beside the others, with the targets of forward and backward together.
+GPU_SHAPES = {
+    (32_768, 256, "bfloat16"): NARROW,
+    (32_768, 1024, "bfloat16"): NARROW,
+    (8192, 32_000, "bfloat16"): {peers.LIGER: 1.4},
+}
+PASSES = {"forward": 1, "full": 3}  # over the logits; backward reads them and writes the gradient
 
 EAGER = {
     "cross_entropy": (cross_entropy, {}),
@@ -55,12 +63,11 @@ def setup(loss, part, rows, classes, dtype, quick, device):
     data[0].requires_grad_()
     eager, parameters = EAGER[loss]
     ours = partial(sample_loss, loss=loss, **parameters)
-    exact = data[0].detach().double().requires_grad_()
-    want = full(partial(float64_loss, loss=loss, **parameters), exact, *data[1:])
+    want = exact(partial(float64_loss, loss=loss, **parameters), *data)
     run = forward if part == "forward" else full
 
     def error(function):
-        return lambda: deviation(full(function, *data), want)
+        return lambda: losses_off(full(function, *data), want())
 
     lineup = Lineup("losses and gradients, relative, against float64", LIMIT[dtype])
     lineup.ours(partial(run, ours, *data), error(ours))
@@ -76,26 +83,34 @@ def setup(loss, part, rows, classes, dtype, quick, device):
             return run(function, logits, *data[1:])
 
         def third_party_error(function, logits):
-            return deviation(full(function, logits, *data[1:]), want)
+            return losses_off(full(function, logits, *data[1:]), want())
 
-        peers.add_losses(lineup, data[0], third_party, third_party_error, quick)
+        with_gradient = run is full
+        peers.add_losses(
+            lineup, data[0], third_party, third_party_error, quick, with_gradient=with_gradient
+        )
     size = data[0].numel() * data[0].element_size()
-    lineup.ceiling(COPY, copy_of(size if run is forward else 3 * size, device))
-    if device.type == "cuda" and run is full:
-        lineup.at_least = gpu_targets(classes, dtype)
+    lineup.ceiling(COPY, copy_of(PASSES[part] * size, device))
     return lineup
 
 
 def races(quick):
+    shapes = [(64, 10)] if quick else SHAPES
+    sizes = [(*shape, dtype) for dtype in LIMIT for shape in shapes]
     cases = [
-        ("cross_entropy", part, *shape, dtype)
-        for part in ("forward", "full")
-        for dtype in LIMIT
-        for shape in ([(64, 10)] if quick else SHAPES + GPU_SHAPES)
+        ("cross_entropy", part, *size)
+        for part in PASSES
+        for size in sizes + ([] if quick else [*GPU_SHAPES])
     ]
     shape = (64, 10) if quick else (8192, 100)
     cases += [(loss, "full", *shape, "float32") for loss in ("focal", "gce")]
-    for loss, part, rows, classes, dtype in cases:
-        case = f"{loss} {part}, {rows} × {classes}, {dtype}"
-        make = partial(setup, loss, part, rows, classes, dtype, quick)
-        yield Race("sample_loss", case, make, gpu_only=(rows, classes) in GPU_SHAPES)
+    for loss, part, *size in cases:
+        key = tuple(size)
+        yield Race(
+            "sample_loss",
+            "{} {}, {} × {}, {}".format(loss, part, *size),
+            partial(setup, loss, part, *size, quick),
+            gpu_only=key in GPU_SHAPES,
+            counts=counts(*size, passes=PASSES[part]),
+            gpu_at_least=GPU_SHAPES.get(key, {}) if part == "full" else {},
+        )

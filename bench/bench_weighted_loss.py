@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from als_ext.ops import sample_loss, weighted_loss
-from als_ext.reference.weighted_loss import weighted_loss as float64_loss
+from als_ext.reference.sample_loss import sample_loss as float64_loss
 from bench import peers
 from bench.curve import Curve
-from bench.inputs import COPY, LIMIT, batch, copy_of, deviation
+from bench.inputs import COPY, LIMIT, batch, copy_of, counts, exact, total_off
 from bench.race import NOT_COMPILED, Lineup, Race, compile_peer
 
 SHAPES = [
@@ -20,22 +20,22 @@ SHAPES = [
     *((256, 100), (8192, 100), (8192, 1000), (1024, 32_000)),
 ]
 
-GPU_SHAPES = [(32_768, 256), (8192, 4096), (4096, 128_256)]  # on a GPU beside the others
-
 TARGETS = {
     (8192, 10, "float32"): {"torch eager": 3.0},
     (8192, 1000, "float32"): {"torch eager": 5.0, "torch.compile": 3.0},
 }
 
-
-EMPTY_LAUNCH = "empty launch"
-
-
-def gpu_targets(classes, dtype):
-    """Of a copy's bandwidth, and against peers that are written for few or many classes."""
-    if dtype == "bfloat16" and 100 < classes <= 1024:
-        return {COPY: 0.8, "torch.compile": 2.5, peers.QUACK: 1.5}
-    return {peers.LIGER: 1.4} if dtype == "bfloat16" and classes >= 4096 else {}
+# On a GPU: of a copy's bandwidth and against peers that are written for few or many classes.
+NARROW = {COPY: 0.8, "torch.compile": 2.5, peers.QUACK: 1.5}
+GPU_TARGETS = {
+    **{(32_768, classes, "bfloat16"): NARROW for classes in (256, 1024, 2048)},
+    **{(8192, classes, "bfloat16"): {peers.LIGER_MEAN: 1.4} for classes in (4096, 128_256)},
+}
+GPU_SHAPES = [*GPU_TARGETS, (32_768, 1024, "float32"), (8192, 32_000, "bfloat16")]
+# Batches so small that only launches take time: that of the forward pass, gradient included.
+LAUNCH, FORWARD, LAUNCHES = "empty launch", "forward alone", "forward_over_an_empty_launch"
+SMALL = [(256, 10, "float32"), (256, 10, "bfloat16"), (4096, 100, "bfloat16")]
+GPU_SHAPES += SMALL[2:]
 
 
 def eager(logits, target, weight):
@@ -62,10 +62,10 @@ def step(function, logits, target, weight):
 def setup(rows, classes, dtype, quick, device):
     data = batch(rows, classes, dtype, device)
     data[0].requires_grad_()
-    want = step(float64_loss, data[0].detach().double().requires_grad_(), *data[1:])
+    want = exact(float64_loss, *data)
 
     def error(function):
-        return lambda: deviation(step(function, *data), want)
+        return lambda: total_off(step(function, *data), data[2], want())
 
     lineup = Lineup("total and gradients, relative, against float64", LIMIT[dtype])
     lineup.ours(partial(step, weighted_loss, *data), error(weighted_loss))
@@ -82,28 +82,32 @@ def setup(rows, classes, dtype, quick, device):
         return step(partial(reduced, loss), logits, *data[1:])
 
     def third_party_error(loss, logits):
-        return deviation(third_party(loss, logits), want)
+        return total_off(third_party(loss, logits), data[2], want())
 
     peers.add_losses(lineup, logits, third_party, third_party_error, quick)
+    peers.add_unweighted(lineup, logits, data[1], quick)
     lineup.ceiling(COPY, copy_of(2 * logits.numel() * logits.element_size(), device))
     lineup.at_least = TARGETS.get((rows, classes, dtype), {})
-    if device.type == "cuda":
-        lineup.at_least = gpu_targets(classes, dtype)
-        if rows <= 4096 and classes <= 100:  # a batch so small that only launches take time
-            lineup.ceiling(EMPTY_LAUNCH, partial(torch.cuda._sleep, 0))
-            lineup.at_least = {EMPTY_LAUNCH: 1 / 1.2}
+    if device.type == "cuda" and (rows, classes, dtype) in SMALL:
+        lineup.ceiling(LAUNCH, partial(torch.cuda._sleep, 0))
+        lineup.part(FORWARD, partial(weighted_loss, *data))
+        lineup.derive = lambda median: {LAUNCHES: median[FORWARD] / median[LAUNCH]}
     return lineup
 
 
 def races(quick):
-    for dtype in LIMIT:
-        for rows, classes in [(64, 10), (64, 100)] if quick else SHAPES:
-            case = f"{rows} × {classes}, {dtype}"
-            yield Race("weighted_loss", case, partial(setup, rows, classes, dtype, quick))
-        for rows, classes in [] if quick else GPU_SHAPES:
-            case = f"{rows} × {classes}, {dtype}"
-            make = partial(setup, rows, classes, dtype, quick)
-            yield Race("weighted_loss", case, make, gpu_only=True)
+    shapes = [(64, 10), (64, 100)] if quick else SHAPES
+    sizes = [(*shape, dtype) for dtype in LIMIT for shape in shapes]
+    for size in sizes + ([] if quick else GPU_SHAPES):
+        yield Race(
+            "weighted_loss",
+            "{} × {}, {}".format(*size),
+            partial(setup, *size, quick),
+            gpu_only=size not in sizes,
+            counts=counts(*size, passes=2),
+            gpu_at_least=GPU_TARGETS.get(size, {}),
+            gpu_at_most={LAUNCHES: 1.2} if size in SMALL else {},
+        )
 
 
 def curves(quick):

@@ -5,8 +5,8 @@
     python -m bench.gpu_cases streams     on two streams at a time; the bits of calls one by one
     python -m bench.gpu_cases large       more than 2^31 elements or products; against float64
 
---device cpu runs the same code without a GPU: graphs are plain calls, streams take turns, and large
-is a few thousand elements.
+--only knn,pi_step runs the cases of these names. --device cpu runs the same code without a GPU:
+graphs are plain calls, streams take turns, and large is a few thousand elements.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from als_ext.reference.knn import knn as float64_knn
 from als_ext.reference.knn_vote import knn_vote as float64_vote
 from als_ext.reference.sample_loss import sample_loss as float64_loss
 from bench.inputs import deviation
+from bench.race import device_is_lost
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-3}
 BF16 = torch.bfloat16
@@ -92,32 +93,54 @@ def _integers(high: int, *shape: int) -> Callable[[torch.Generator], Tensor]:
     return lambda g: torch.randint(0, high, shape, generator=g)
 
 
-def _losses(device: torch.device, classes: int, dtype: torch.dtype, **settings: Any) -> Job:
-    """Both loss operations with their gradients; the logits are at the odd address of a view."""
+def _losses(
+    device: torch.device, classes: int, dtype: torch.dtype, soft: bool = False, **settings: Any
+) -> Job:
+    """Both loss operations with their gradients; the logits are at the odd address of a view.
+
+    Args:
+        soft: targets are numbers [rows, classes]: probabilities, or what is to be hit.
+    """
     rows = 33
     shift = 0 if classes % 8 == 0 else 1
     memory = torch.zeros(rows * classes + shift, dtype=dtype, device=device)
     logits = memory[shift:].view(rows, classes).requires_grad_()
     target = torch.zeros(rows, dtype=torch.int64, device=device)
+    draw = _integers(classes, rows)
+    if soft:
+        target, draw = torch.zeros_like(logits, requires_grad=False), _uniform(rows, classes)
     weight = torch.zeros(rows, device=device)
 
     def call() -> list[Tensor]:
         losses = sample_loss(logits, target, **settings)
-        slopes = torch.autograd.grad(losses, logits, weight)
+        slopes = torch.autograd.grad(losses, logits, weight.to(losses.dtype))
         total, again = weighted_loss(logits, target, weight, **settings)
         return [losses.detach(), *slopes, again, *torch.autograd.grad(total, logits)]
 
-    inputs = [(logits, _normal(rows, classes)), (target, _integers(classes, rows))]
+    inputs = [(logits, _normal(rows, classes)), (target, draw)]
     name = f"losses, {classes} classes, {str(dtype).removeprefix('torch.')}"
+    name += ", soft targets" if soft else ""
     name += f", {settings}" if settings else ""
     return Job(name, [*inputs, (weight, _uniform(rows))], call)
 
 
-def _knn(device: torch.device, rows: int, dim: int, k: int, dtype: torch.dtype) -> Job:
+def _knn(
+    device: torch.device,
+    rows: int,
+    dim: int,
+    k: int,
+    dtype: torch.dtype,
+    ties: bool = False,
+    **settings: Any,
+) -> Job:
+    """A search; with ``ties`` among rows of few different distances, which score again."""
     query, database = (torch.zeros(n, dim, dtype=dtype, device=device) for n in (65, rows))
-    inputs = [(query, _normal(65, dim)), (database, _normal(rows, dim))]
+    draw = partial(_integers, 2) if ties else _normal
+    inputs = [(query, draw(65, dim)), (database, draw(rows, dim))]
     name = f"knn, {rows} × {dim}, k = {k}, {str(dtype).removeprefix('torch.')}"
-    return Job(name, inputs, lambda: knn(query, database, k))
+    name += ", ties" if ties else ""
+    name += f", {settings}" if settings else ""
+    return Job(name, inputs, lambda: knn(query, database, k, **settings))
 
 
 def _vote(device: torch.device) -> Job:
@@ -175,8 +198,13 @@ def jobs(device: torch.device) -> list[Job]:
         _losses(device, 100, torch.float32, label_smoothing=0.1),
         _losses(device, 5003, torch.float16, loss="gce", q=0.7),
         _losses(device, 12, torch.float64),
-        *(_knn(device, 1031, 17, 10, dtype) for dtype in (torch.float32, BF16)),
+        *(_losses(device, c, torch.float32, soft=True) for c in (100, 5000)),
+        *(_losses(device, 7, t, soft=True, loss="squared_error") for t in (torch.float32, BF16)),
+        *(_knn(device, 1031, 17, 10, dtype) for dtype in (torch.float32, BF16, torch.float16)),
         _knn(device, 300, 128, 64, torch.float32),
+        _knn(device, 2500, 300, 100, BF16, metric="cosine"),
+        _knn(device, 2500, 64, 20, torch.float32, ties=True),
+        _knn(device, 700, 40, 5, torch.float64, metric="ip"),
         _vote(device),
         *(_pi(device, lazy, prior) for lazy in (False, True) for prior in (False, True)),
         *(_also(device, dtype, half) for dtype in (torch.float32, BF16) for half in (False, True)),
@@ -391,10 +419,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one kind; a line a case, exit status 1 where one failed. The rest is run all the same."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--only", help="names of cases, separated by commas")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     options = parser.parse_args(arguments)
     failed = skipped = count = 0
+    only = None if options.only is None else set(options.only.split(","))
     for name, case in KINDS[options.kind](torch.device(options.device)):
+        if only is not None and name.split(",")[0] not in only:
+            continue
         start = time.perf_counter()
         count += 1
         try:
@@ -410,9 +442,12 @@ def main(arguments: list[str] | None = None) -> int:
             said = f"FAILED: {type(error).__name__}: {error}"
         print(f"{options.kind}: {name}: {said} ({time.perf_counter() - start:.1f} s)", flush=True)
         if options.device == "cuda":
+            if said.startswith("FAILED") and device_is_lost():
+                print("the device is lost to this process: the cases that follow were not run")
+                break
             torch.cuda.empty_cache()
     print(f"{count} cases on {options.device}: {failed} failed, {skipped} skipped")
-    return 1 if failed else 0
+    return 1 if failed or not count else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 Runs the parts of gpu_parts.py one after the other, each as commands of their own with one time
 limit, and writes after each of them: STEM.json (which parts are done, keyed by commit and GPU),
-STEM-PART.log (raw output), STEM-bench-OP.json (raw times) and STEM.md (tables of all that). A part
-that is done is not done again. This file needs neither als_ext nor a GPU to be imported.
+STEM-PART.log (raw output), STEM-bench.json (raw times) and STEM.md (tables of all that). A part
+that is done is not done again. With --minutes, parts are run while they fit, a benchmark as far as
+it gets. Without libraries that fit, the part "build", nothing else is run. This file needs neither
+als_ext nor a GPU to be imported.
 
 Exit status: 0 all parts done, 1 some failed or lack a tool, 2 bad input, 3 some are unfinished
 (the time limit; call again).
@@ -13,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
+import math
 import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,69 +29,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.gpu_parts import PYTHON, ROOT, Part, Step, all_parts
+from bench.gpu_host import architecture, code_key, facts, files_key, find_tool, slug
+from bench.gpu_parts import BUILD, MINUTES, PYTHON, ROOT, Part, Step, all_parts
 
 LIMIT_S = 540.0  # of a part
+ROW_S = 40.0  # that the last row of a benchmark may take longer than it was told
+LEAST_S = 75.0  # a benchmark is not begun with less
 RESULTS, DRY_RESULTS = ROOT / "bench" / "results", ROOT / "build" / "gpu-gate-dry-run"
 DONE, FAILED, MISSING, UNFINISHED = "done", "FAILED", "MISSING", "unfinished"
 SCHEMA = 1
-FACTS = """
-import json, os, platform, torch
-found = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
-if torch.cuda.is_available():
-    about = torch.cuda.get_device_properties(0)
-    found |= {"gpu": about.name, "capability": [about.major, about.minor],
-              "memory_gib": round(about.total_memory / 2**30, 1), "cuda": torch.version.cuda}
-print(json.dumps(found))
-"""
-
-
-# ---- where it runs -----------------------------------------------------------------------------
-
-
-def facts() -> dict[str, Any]:
-    """GPU and versions; asked of another process, so that this one holds no memory of the GPU."""
-    done = subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def code_key() -> str:
-    """Commit, with a digest of what differs from it; without git a digest of the sources."""
-
-    def git(*words: str) -> bytes:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, check=True, timeout=60
-        ).stdout
-
-    try:
-        changed = git("diff", "HEAD", "--", ".", ":!bench/results", ":!docs", ":!*.md")
-        commit = git("rev-parse", "--short=8", "HEAD").decode().strip()
-        return commit + (f"-{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        digest = hashlib.sha256()
-        for folder in ("csrc", "als_ext", "bench", "tests"):
-            for path in sorted((ROOT / folder).rglob("*")):
-                if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}:
-                    digest.update(path.read_bytes())
-        return f"tree-{digest.hexdigest()[:8]}"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name.lower()).strip("-")
-
-
-def architecture(capability: Sequence[int] | None) -> str | None:
-    """TORCH_CUDA_ARCH_LIST for one GPU: only its own code is built. None: setup.py decides."""
-    if capability is None:
-        return None
-    return {(8, 0): "8.0", (9, 0): "9.0a"}.get((capability[0], capability[1]))
-
-
-def find_tool(name: str) -> str | None:
-    """A program on the PATH or in the CUDA toolkit."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    places = [None, f"{home}/bin", f"{home}/compute-sanitizer"]
-    return next(filter(None, (shutil.which(name, path=place) for place in places)), None)
 
 
 # ---- one part ----------------------------------------------------------------------------------
@@ -111,7 +57,7 @@ def execute(words: Sequence[str], env: dict[str, str], log: Path, limit_s: float
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env={**os.environ, **env},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -160,8 +106,10 @@ def run_step(
     step: Step, dry: bool, log: Path, limit_s: float, hide: dict[str, str]
 ) -> dict[str, Any]:
     """A step's record: command as shown, status, seconds, tests that ran."""
-    record: dict[str, Any] = {"command": shown(step.command, step.env, hide)}
-    words = list(step.dry if dry else step.command)
+    minutes = f"{max(0.0, limit_s - ROW_S) / 60:.2f}"
+    command = [word.replace(MINUTES, minutes) for word in step.command]
+    record: dict[str, Any] = {"command": shown(command, step.env, hide)}
+    words = list(step.dry) if dry else command
     env = {} if dry else step.env
     if not words:
         return record | {"status": DONE, "only_shown": True}
@@ -191,13 +139,15 @@ def run_step(
     return record | ({"status": DONE} if code == 0 else {"status": FAILED, "why": f"exit {code}"})
 
 
-def run_part(part: Part, dry: bool, log: Path, hide: dict[str, str]) -> dict[str, Any]:
+def run_part(
+    part: Part, dry: bool, log: Path, hide: dict[str, str], limit_s: float
+) -> dict[str, Any]:
     """A part's record; its first step that is not done ends it."""
     log.unlink(missing_ok=True)
     steps: list[dict[str, Any]] = []
     start = time.monotonic()
     for step in part.steps:
-        left = LIMIT_S - (time.monotonic() - start)
+        left = limit_s - (time.monotonic() - start)
         steps.append(run_step(step, dry, log, left, hide))
         if steps[-1]["status"] != DONE:
             break
@@ -232,7 +182,7 @@ def start_state(path: Path, head: dict[str, Any]) -> dict[str, Any]:
         if all(old.get(key) == head[key] for key in head):
             return old
         _say("another environment than at the last call: all parts are run again")
-        for times in path.parent.glob(f"{path.stem}-bench-*.json"):
+        for times in path.parent.glob(f"{path.stem}-bench.json"):
             times.replace(times.with_suffix(".old"))  # rows of two hosts are not mixed
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {**head, "date": now, "parts": {}}
@@ -247,14 +197,28 @@ def _tail(log: Path) -> str:
     return "\n".join(f"    {line}" for line in lines[-15:])
 
 
+def needed_s(part: Part, before: dict[str, Any] | None) -> float:
+    """Seconds without which a part is not begun; ``before`` is its record of an earlier call."""
+    if any(step.stops_in_time for step in part.steps):
+        return LEAST_S
+    seconds = part.seconds
+    if before is not None and before["status"] == UNFINISHED:  # it was cut off: more than that
+        seconds = max(seconds, 1.5 * before["seconds"])
+    return min(seconds, LIMIT_S)
+
+
 def main(arguments: list[str] | None = None, make_parts: Any = all_parts) -> int:
     """Run, list or rehearse the parts."""
     parser = argparse.ArgumentParser(prog="bench/gpu_gate.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="append", metavar="NAME", help="only this one; repeatable")
     parser.add_argument("--list", action="store_true", help="name the parts and what is done")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: run what a CPU can")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="N", help="run the parts that fit in"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="bench/results by default")
     options = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * options.minutes
     here = facts()
     dry = options.dry_run
     if "gpu" not in here and not (dry or options.list):
@@ -271,22 +235,31 @@ def main(arguments: list[str] | None = None, make_parts: Any = all_parts) -> int
         _say(f"gpu_gate: error: no part {', '.join(sorted(unknown))}; --list names them")
         return 2
     head = {"schema": SCHEMA, "kind": "gpu gate", "gpu": gpu, "code": key, "where": here}
+    head["files"] = files_key()
     state_path = stem.with_name(f"{stem.name}.json")
     state = start_state(state_path, head)
     if options.list:
+        _say(f"code {key}, files {head['files']}")
         for part in parts:
             status = state["parts"].get(part.name, {}).get("status", "–")
             _say(f"{part.name:22} {status:10} {part.what}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     hide = hidden(folder)
+    failed = {name for name, record in state["parts"].items() if record["status"] == FAILED}
+    chosen.sort(key=lambda part: part.name in failed - {BUILD})  # these again, when others are done
     for number, part in enumerate(chosen, 1):
         before = f"[{number}/{len(chosen)}] {part.name}: "
-        if state["parts"].get(part.name, {}).get("status") == DONE:
+        earlier = state["parts"].get(part.name)
+        if earlier is not None and earlier["status"] == DONE:
             _say(before + "done already")
             continue
+        left = end - time.monotonic()
+        if left < needed_s(part, earlier):
+            _say(before + f"left for the next call: {left:.0f} s are left")
+            continue
         log = stem.with_name(f"{stem.name}-{part.name}.log")
-        record = run_part(part, dry, log, hide)
+        record = run_part(part, dry, log, hide, min(LIMIT_S, left))
         for step in record["steps"]:
             _say(f"    $ {step['command']}" + ("   (only shown)" if "only_shown" in step else ""))
             if "dry_run" in step:
@@ -296,12 +269,16 @@ def main(arguments: list[str] | None = None, make_parts: Any = all_parts) -> int
             _say(_tail(log))
         state["parts"][part.name] = record
         write_json(state_path, state)
+        if part.name == BUILD and record["status"] != DONE:
+            break
     from bench import gpu_report  # needs nothing that the build makes, but only now
 
     page = stem.with_name(f"{stem.name}.md")
     page.write_text(gpu_report.page(state, [part.name for part in parts], stem))
     _say(f"written: {page.name} and {state_path.name}")
     found = {state["parts"].get(part.name, {}).get("status", UNFINISHED) for part in chosen}
+    if UNFINISHED in found:
+        _say("parts are left: call again")
     if found & {FAILED, MISSING}:
         return 1
     return 3 if UNFINISHED in found else 0

@@ -66,13 +66,15 @@ def race(row: dict[str, Any]) -> list[str]:
                 "–" if wall is None else _spread(wall),
                 "–" if wall is None else f"{wall['median_s'] / ours['wall']['median_s']:.3f}",
                 "–" if one["error"] is None else f"{one['error']:.1e}",
-                str(one["rounds"]),
+                str(one["rounds"]) + (" (waits)" if one.get("waits") else ""),
             ]
         )
     times = "events, µs (p20 – p80)" if "wall" in ours else "wall on a CPU, µs (p20 – p80)"
     head = ["who", "role", times, "ratio", "wall, µs (p20 – p80)", "ratio", "error", "rounds"]
     lines = [f"### {row['name']}", "", *_table(head, rows), ""]
     lines.append(f"Gate {state}: {gate['measure']}, {gate['error']:.1e} ≤ {gate['limit']:.1e}.")
+    if any(one.get("waits") for one in row["contenders"]):
+        lines.append("Waits: for the device inside a call, so its events hold gaps of the host.")
     for target in row["targets"]:
         aim = f"≥ {target['least']:.2f}" if "least" in target else f"≤ {target['most']:.2f}"
         met = "met" if target["met"] else "NOT MET"
@@ -83,7 +85,7 @@ def race(row: dict[str, Any]) -> list[str]:
 def page(state: dict[str, Any], names: list[str], stem: Path) -> str:
     """The whole page."""
     results = {}
-    for path in sorted(stem.parent.glob(f"{stem.name}-bench-*.json")):
+    for path in stem.parent.glob(f"{stem.name}-bench.json"):
         results[path.name] = json.loads(path.read_text())
     where = ", ".join(f"{key} {value}" for key, value in state["where"].items())
     lines = [f"# GPU gate: {state['gpu']}", "", f"Code {state['code']}, {state['date']}; {where}."]
@@ -93,8 +95,9 @@ def page(state: dict[str, Any], names: list[str], stem: Path) -> str:
     if results:
         lines += ["", "## Peers that did not race", "", *skipped(results)]
     for name, result in results.items():
+        peaks = ", ".join(f"{key} {value:.3g}" for key, value in result.get("peaks", {}).items())
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
-        lines += ["", f"## {name}", "", f"{versions}."]
+        lines += ["", f"## {name}", "", f"{versions}. Peaks: {peaks}."]
         for row in result["rows"]:
             lines += ["", *race(row)]
     return "\n".join(lines) + "\n"

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import als_ext
+from bench.gpu_host import files_key
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_PACKAGES = ("triton", "liger-kernel", "quack-kernels", "flashlib")
+GPU_PACKAGES = ("triton", "nvidia-cutlass-dsl", "liger-kernel", "quack-kernels", "flashlib")
 PACKAGES = ("torch", "numpy", "scikit-learn", "faiss-cpu", "cleanlab", "threadpoolctl")
 
 
@@ -109,10 +110,12 @@ def _git(*words: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """Hash, and whether tracked files other than results and pages differ from it."""
+    """Hash, and whether tracked files other than results and pages differ from it; and a digest of
+    the files, from which the hash of a copy without git can be found (gpu_gate.sh --list)."""
     code = ("--untracked-files=no", "--", ".", ":!bench/results", ":!docs", ":!*.md")
     changed = _git("status", "--porcelain", *code)
-    return {"hash": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    dirty = None if changed is None else bool(changed)
+    return {"hash": _git("rev-parse", "HEAD"), "dirty": dirty, "files": files_key()}
 
 
 def facts() -> dict[str, Any]:

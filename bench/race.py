@@ -12,13 +12,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.clock import CudaClock
+from bench.clock import FIRST_S, CudaClock
 
 WARM_UP = 3
 LEAST, USUAL, MOST = 5, 20, 40  # rounds where a round takes long, takes < 1 s, takes little
@@ -40,12 +40,27 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
+class Counts:
+    """The least that an operation has to do: each input read once, each result written once.
+
+    Args:
+        bytes: of memory, read and written.
+        flops: additions and multiplications.
+        unit: what does them, "float32" or "bfloat16" (tensor cores).
+    """
+
+    bytes: float
+    flops: float
+    unit: str = "float32"
+
+
+@dataclass(frozen=True)
 class Contender:
     name: str
     role: str  # ours, variant (also ours), peer, ceiling, part (of a derived figure)
     call: Callable[[], Any]
     error: Callable[[], float] | None
-    repeat: int  # operations a call
+    repeat: float  # operations a call
     compiled: bool  # its first call compiles
 
 
@@ -76,7 +91,7 @@ class Lineup:
         role: str,
         call: Callable[[], Any],
         error: Callable[[], float] | None = None,
-        repeat: int = 1,
+        repeat: float = 1,
         compiled: bool = False,
     ) -> None:
         self.contenders.append(Contender(name, role, call, error, repeat, compiled))
@@ -108,13 +123,22 @@ class Lineup:
 
 @dataclass(frozen=True)
 class Race:
-    """One row of the table; nothing is allocated before ``setup(device)`` is called."""
+    """One row of the table; nothing is allocated before ``setup(device)`` is called.
+
+    Args:
+        gpu_only: a size that a CPU is not asked for.
+        counts: by formula, so that limits can be estimated without a run.
+        gpu_at_least, gpu_at_most: targets on a GPU, in place of the lineup's, which are a CPU's.
+    """
 
     op: str
     case: str
     setup: Callable[[torch.device], Lineup]
     cpu_only: bool = False
-    gpu_only: bool = False  # a size that a CPU is not asked for
+    gpu_only: bool = False
+    counts: Counts | None = None
+    gpu_at_least: dict[str, float] = field(default_factory=dict)
+    gpu_at_most: dict[str, float] = field(default_factory=dict)
 
     def runs_on(self, device: str) -> bool:
         """Whether the race is one of a table of ``device``."""
@@ -123,6 +147,10 @@ class Race:
     @property
     def name(self) -> str:
         return f"{self.op}/{self.case}"
+
+    @property
+    def has_gpu_targets(self) -> bool:
+        return bool(self.gpu_at_least or self.gpu_at_most)
 
 
 def modules() -> list[Any]:
@@ -161,6 +189,15 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def device_is_lost() -> bool:
+    """Whether an error of the GPU has come that this process cannot get rid of."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def quantile(times: list[float], q: float) -> float:
@@ -305,6 +342,8 @@ def run(
         lineup = race.setup(device)
     except Unavailable as reason:
         return row | {"skipped_row": str(reason)}
+    if device.type == "cuda":
+        lineup.at_least, lineup.at_most = race.gpu_at_least, race.gpu_at_most
     errors = _errors(lineup)
     error = errors["ours"]
     row["gate"] = {
@@ -317,8 +356,8 @@ def run(
     roles = {c.name: c.role for c in lineup.contenders}
     rounds = plan(estimates, roles, quick, lineup.least)
     needed = sum(rounds[name] * estimates[name] for name in rounds)
-    if device.type == "cuda":
-        needed *= 2  # by events, and as wall time
+    if device.type == "cuda":  # by events, and as wall time
+        needed = 2 * needed + 2 * FIRST_S * sum(rounds.values())
     if time.perf_counter() - start + needed > seconds_left:
         raise OutOfTime
     calls = {c.name: c.call for c in lineup.contenders}
@@ -342,6 +381,8 @@ def run(
         walls = interleave(calls, rounds, device, lineup.settle, clock.wall_seconds)
         for contender in row["contenders"]:
             contender["wall"] = _statistics(walls[contender["name"]], contender["repeat"])
+            contender["waits"] = id(calls[contender["name"]]) in clock.waits
+    row["counted"] = None if race.counts is None else asdict(race.counts)
     row["skipped"] = lineup.skipped
     row["note"] = lineup.note
     row["derived"] = None if lineup.derive is None else lineup.derive(medians)

@@ -29,6 +29,11 @@ def raced(result: dict[str, Any], op: str | None = None) -> list[dict[str, Any]]
     return rows if op is None else [row for row in rows if row["op"] == op]
 
 
+def of_gpu(result: dict[str, Any]) -> bool:
+    """Whether it was measured on a GPU."""
+    return result["settings"].get("device") == "cuda"
+
+
 def of(row: dict[str, Any], *roles: str) -> list[dict[str, Any]]:
     return [c for c in row["contenders"] if c["role"] in roles]
 
@@ -37,7 +42,7 @@ def ours(row: dict[str, Any]) -> dict[str, Any]:
     return of(row, "ours")[0]
 
 
-def _unique(names: Iterable[str]) -> list[str]:
+def unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
@@ -46,7 +51,7 @@ def _rounds(row: dict[str, Any]) -> str:
     return "–".join(map(str, counts[:: max(1, len(counts) - 1)]))
 
 
-def _gate(row: dict[str, Any]) -> str:
+def gate_text(row: dict[str, Any]) -> str:
     gate = row["gate"]
     return (
         f"{gate['error']:.1e} ≤ {gate['limit']:.1e}"
@@ -59,7 +64,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def _left_out(result: dict[str, Any], op: str) -> list[str]:
+def left_out(result: dict[str, Any], op: str) -> list[str]:
     """Peers and rows that were not raced, and why: one line a reason."""
     reasons: dict[str, list[str]] = {}
     for row in result["rows"]:
@@ -70,7 +75,7 @@ def _left_out(result: dict[str, Any], op: str) -> list[str]:
             reasons.setdefault(why, []).append(row["case"] if "case" in row else row["name"])
         for name, why in row.get("skipped", {}).items():
             reasons.setdefault(why, []).append(name)
-    return [f"{', '.join(_unique(names))}: {why}" for why, names in reasons.items()]
+    return [f"{', '.join(unique(names))}: {why}" for why, names in reasons.items()]
 
 
 # ---- console -----------------------------------------------------------------------------------
@@ -106,7 +111,7 @@ def console(result: dict[str, Any]) -> Table:
             f"{ms[0]:.4g} ({ms[1]:.4g} – {ms[2]:.4g})",
             "\n".join(peers),
             "\n".join(ceilings),
-            _gate(row).replace("**", ""),
+            gate_text(row).replace("**", ""),
             _rounds(row),
         )
     return table
@@ -115,7 +120,7 @@ def console(result: dict[str, Any]) -> Table:
 # ---- Markdown ----------------------------------------------------------------------------------
 
 
-def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -127,9 +132,9 @@ def operation(result: dict[str, Any], op: str) -> str:
     columns = {
         (role, name): title.format(name)
         for role, title in roles.items()
-        for name in _unique(c["name"] for row in rows for c in of(row, role))
+        for name in unique(c["name"] for row in rows for c in of(row, role))
     }
-    derived = _unique(key for row in rows for key in row["derived"] or {})
+    derived = unique(key for row in rows for key in row["derived"] or {})
     head = [op, *columns.values(), *(key.replace("_", " ") for key in derived)]
     lines = []
     for row in rows:
@@ -144,12 +149,12 @@ def operation(result: dict[str, Any], op: str) -> str:
         cells += [_number((row["derived"] or {}).get(key)) for key in derived]
         mine = ours(row)
         spread = 100 * (mine["p80_s"] - mine["p20_s"]) / mine["median_s"]
-        lines.append([row["case"], *cells, f"{spread:.0f} %", _gate(row), _rounds(row)])
-    parts = [_markdown_table([*head, "spread", "error ≤ limit", "rounds"], lines)] if rows else []
-    measures = _unique(row["gate"]["measure"] for row in rows)
+        lines.append([row["case"], *cells, f"{spread:.0f} %", gate_text(row), _rounds(row)])
+    parts = [markdown_table([*head, "spread", "error ≤ limit", "rounds"], lines)] if rows else []
+    measures = unique(row["gate"]["measure"] for row in rows)
     notes = [f"Error: {'; '.join(measures)}."] if rows else []
-    notes += [f"Not raced: {line}." for line in _left_out(result, op)]
-    notes += [f"{note[0].upper()}{note[1:]}." for note in _unique(r["note"] for r in rows) if note]
+    notes += [f"Not raced: {line}." for line in left_out(result, op)]
+    notes += [f"{note[0].upper()}{note[1:]}." for note in unique(r["note"] for r in rows) if note]
     return "\n\n".join([*parts, "\n".join(f"* {note}" for note in notes)])
 
 
@@ -187,20 +192,20 @@ def targets(results: Iterable[dict[str, Any]]) -> str:
         shown = (f"{got:.2f}", "yes") if met else (f"**{got:.2f}**", "**no**")
         cells.append([name, what.replace("_", " "), aim, *shown])
     count = sum(line[-1] for line in lines)
-    table = _markdown_table(["race", "against", "target", "reached", "met"], cells)
+    table = markdown_table(["race", "against", "target", "reached", "met"], cells)
     return f"{count} of {len(lines)} targets are met.\n\n{table}"
 
 
 def summary(result: dict[str, Any]) -> str:
     """Smallest, median and largest ratio of each operation to each peer."""
     lines = []
-    for op in _unique(row["op"] for row in raced(result)):
+    for op in unique(row["op"] for row in raced(result)):
         peers = [c for row in raced(result, op) for c in of(row, "peer")]
-        for name in _unique(c["name"] for c in peers):
+        for name in unique(c["name"] for c in peers):
             ratios = [c["ratio"] for c in peers if c["name"] == name]
             cells = map(times, (min(ratios), statistics.median(ratios), max(ratios)))
             lines.append([op, name, str(len(ratios)), *cells])
-    return _markdown_table(["operation", "peer", "rows", "smallest", "median", "largest"], lines)
+    return markdown_table(["operation", "peer", "rows", "smallest", "median", "largest"], lines)
 
 
 def fits(result: dict[str, Any]) -> str:
@@ -223,7 +228,7 @@ def fits(result: dict[str, Any]) -> str:
                 ]
             )
     head = ["operation", "against", "who", "exponent", "fitted over", "R²", "largest / reference"]
-    parts = [_markdown_table(head, rows)]
+    parts = [markdown_table(head, rows)]
     for row in result["rows"]:
         if "failed" in row:
             parts.append(f"* {row['name']}: FAILED: {row['failed']}")
@@ -254,8 +259,11 @@ def origin(results: dict[str, dict[str, Any]]) -> str:
             " (QUICK RUN: sizes too small to mean anything)" if result["settings"]["quick"] else ""
         )
         code = f"{(commit['hash'] or 'unknown')[:8]}{changed}"
+        if commit["hash"] is None:
+            code += f" (files {commit['files']})"
+        gpu = f"{where['gpu']}; " if of_gpu(result) else ""
         lines.append(
-            f"* [{name}](../{name}){whole}{quick}: {result['date'][:10]}, commit {code}; "
+            f"* [{name}](../{name}){whole}{quick}: {result['date'][:10]}, commit {code}; {gpu}"
             f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads ({caches}), "
             f"{where['memory_gib']} GiB, huge pages {where['transparent_huge_pages']}; {known}"
         )
@@ -266,7 +274,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Everything of one result."""
     if result["kind"] == "curves":
         return fits(result)
-    ops = _unique(row["op"] for row in result["rows"])
+    ops = unique(row["op"] for row in result["rows"])
     parts = [f"## {op}\n\n{operation(result, op)}" for op in ops]
     parts.append(f"## Targets\n\n{targets([result])}")
     return "\n\n".join([*parts, f"## Where a peer is faster\n\n{losses(result)}"])
@@ -277,8 +285,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 def render(text: str, results: dict[str, dict[str, Any]]) -> str:
     """The page with its marked parts made from results (by file name); one of a kind."""
-    kinds = {result["kind"]: result for result in results.values()}
-    if len(kinds) != len(results):
+    from bench import gpu_page  # which imports this file
+
+    gpu = {name: result for name, result in results.items() if of_gpu(result)}
+    kinds = {result["kind"]: result for name, result in results.items() if name not in gpu}
+    if len(kinds) + len(gpu) != len(results):
         raise ValueError("files: expected at most one result of each kind")
 
     def part(match: re.Match[str]) -> str:
@@ -286,7 +297,9 @@ def render(text: str, results: dict[str, dict[str, Any]]) -> str:
         if name == "origin":
             body = origin(results)
         elif name == "targets":
-            body = targets(results.values())
+            body = targets(kinds.values())
+        elif name == "GPU":
+            body = gpu_page.part(gpu)
         elif name in {"curves", "curve plots"}:
             if "curves" not in kinds:
                 return match[0]
@@ -304,7 +317,7 @@ def render(text: str, results: dict[str, dict[str, Any]]) -> str:
 
 def sources(text: str) -> list[str]:
     """The result files that a page names, relative to the checkout."""
-    return _unique(SOURCE.findall(text))
+    return unique(SOURCE.findall(text))
 
 
 def update_page(page: Path, results: dict[Path, dict[str, Any]]) -> None:
@@ -341,16 +354,21 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     style = {"svg.fonttype": "none", "svg.hashsalt": "als_ext", "font.size": 9}
+    from bench import gpu_page
+
     with plt.rc_context(style):
+        if of_gpu(result):
+            gpu_page.draw(plt, result, folder)
+            return
         if result["kind"] == "table":
-            _save(_ratios(plt, result), folder / "ratios.svg", plt)
+            save(_ratios(plt, result), folder / "ratios.svg", plt)
             return
         for row in result["rows"]:
             if row.get("series"):
-                _save(_curve(plt, row), folder / _file(row), plt)
+                save(_curve(plt, row), folder / _file(row), plt)
 
 
-def _save(figure: Any, path: Path, plt: Any) -> None:
+def save(figure: Any, path: Path, plt: Any) -> None:
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
@@ -374,8 +392,8 @@ def _curve(plt: Any, row: dict[str, Any]) -> Any:
 
 
 def _ratios(plt: Any, result: dict[str, Any]) -> Any:
-    ops = _unique(row["op"] for row in raced(result))
-    peers = _unique(c["name"] for row in raced(result) for c in of(row, "peer"))
+    ops = unique(row["op"] for row in raced(result))
+    peers = unique(c["name"] for row in raced(result) for c in of(row, "peer"))
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.55 * len(ops)))
     for number, peer in enumerate(peers):
         found = [

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/built_from.h"
 #include "common/counters.h"
 #include "common/cpu_level.h"
 #include "common/huge_pages.h"
@@ -32,7 +33,8 @@ std::map<std::string, bool> cpu_capability() {
 std::map<std::string, std::string> build_info() {
   return {{"version", ALS_QUOTE(ALS_VERSION)},
           {"compiler", __VERSION__},
-          {"built_with_torch", TORCH_VERSION}};
+          {"built_with_torch", TORCH_VERSION},
+          {"sources", ALS_SOURCES}};
 }
 
 void set_cpu_level(const std::string& name) {
@@ -61,7 +63,8 @@ PYBIND11_MODULE(_C, m) {
         als::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
       },
       "Asks for huge pages behind large memory that has not been written yet.");
-  m.def("build_info", &build_info, "Version, compiler and the torch whose headers were used.");
+  m.def("build_info", &build_info,
+        "Version, compiler, the torch whose headers were used, digest of the sources.");
   m.def("cpu_capability", &cpu_capability,
         "Instruction sets of this processor that kernels can use.");
   m.def(

@@ -2,7 +2,10 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include "common/built_from.h"
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "als_ext: CUDA kernels";
   m.attr("cuda_version") = CUDART_VERSION;
+  m.attr("sources") = ALS_SOURCES;
 }
