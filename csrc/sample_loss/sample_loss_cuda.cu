@@ -18,27 +18,25 @@ int lanes_of(int64_t classes, int elements) {
   return lanes;
 }
 
-template <int kVec, bool kGeneral, typename scalar_t, typename grad_t>
+template <bool kGeneral, typename scalar_t, typename grad_t>
 void launch_block(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream) {
-  const auto kernel = loss_rows_by_block<kVec, kGeneral, scalar_t, grad_t>;
-  int device = 0, limit = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int64_t bytes = job.classes * static_cast<int64_t>(sizeof(scalar_t));
-  constexpr int64_t kStatic = 1024;  // fields of block_sums and the arg max
-  const bool cached = job.grad && !job.state_in && bytes + kStatic <= limit;
-  const int shared = cached ? static_cast<int>(bytes) : 0;
-  if (shared + kStatic > 48 * 1024) {  // beyond the default limit; the same value in every thread
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        limit - static_cast<int>(kStatic)));
+  const auto kernel = loss_rows_by_block<kGeneral, scalar_t, grad_t>;
+  constexpr int64_t kSize = sizeof(scalar_t), kSums = sizeof(BlockShared<accumulate_t<scalar_t>>);
+  const int limit = allow_all_shared_memory(kernel);
+  LossPlan plan{};
+  for (int most = knows_clusters(kernel) ? kMostLossBlocks : 1;; most = plan.blocks / 2) {
+    plan = plan_loss(job.classes, kSize, limit - kSums, most);
+    const unsigned grid = grid_of(job.rows, 1) * plan.blocks;
+    const ClusterLaunch launch(grid, kBlockThreads, kSums + plan.bytes(kSize), stream, plan.blocks);
+    if (plan.blocks > 1 && !launch.fits(kernel)) continue;  // a part of a device, say
+    return launch(kernel, job, plan);
   }
-  kernel<<<grid_of(job.rows, 1), kBlockThreads, shared, stream>>>(job, cached);
 }
 
 template <int kVec, bool kGeneral, typename scalar_t, typename grad_t>
 void launch_rows(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream) {
   constexpr int kFew = 8, kMany = 32;  // elements a thread
-  if (job.classes > 32 * kMany) return launch_block<kVec, kGeneral>(job, stream);
+  if (job.classes > 32 * kMany) return launch_block<kGeneral>(job, stream);
   const bool few = job.classes <= 32 * kFew;
   const int lanes = lanes_of(job.classes, few ? kFew : kMany);
   const unsigned grid = grid_of(job.rows, kRegisterThreads / lanes);

@@ -20,16 +20,17 @@ struct Copy {
   const void* from;
 };
 struct Copies {
-  unsigned long block = 0;
+  unsigned long launch = 0;
   std::vector<Copy> open;                 // not in a group yet
   std::deque<std::vector<Copy>> pending;  // groups, oldest first
 };
 
 // Those of the running thread. A thread begins without any.
 inline Copies& copies() {
-  static Copies of_thread[1024];
-  Copies& mine = of_thread[threadIdx.x];
-  if (mine.block != block_number) mine = {block_number, {}, {}};
+  static std::vector<Copies> of_thread;
+  if (of_thread.size() <= thread_number) of_thread.resize(thread_number + 1);
+  Copies& mine = of_thread[thread_number];
+  if (mine.launch != launch_number) mine = {launch_number, {}, {}};
   return mine;
 }
 
