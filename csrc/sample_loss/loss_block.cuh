@@ -35,12 +35,6 @@ struct alignas(16) BlockShared {
   RowResult<T> row_result;
 };
 
-// Elements from a pointer to the next 16 bytes.
-template <typename scalar_t>
-__device__ int elements_to_pack(const scalar_t* from) {
-  return static_cast<int>((0 - reinterpret_cast<uintptr_t>(from)) % 16 / sizeof(scalar_t));
-}
-
 // Logits in shared memory, in the same places of 16 bytes as in the row.
 template <typename scalar_t>
 struct Chunk {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/store16.cuh"
 #include "sample_loss/loss_job.h"
 
 namespace als {
@@ -33,8 +34,8 @@ __device__ To bits_as(const From& from) {
   return to;
 }
 
-// 16 aligned bytes of elements as numbers, and back. Of 16-bit ones as words, and by __stwb, which
-// is a plain store: nvcc would take both apart into accesses of 2 or 4 bytes.
+// 16 aligned bytes of elements as numbers, and back. Of 16-bit ones as words: nvcc would take a
+// structure of them apart into accesses of 2 bytes.
 __device__ inline void load16(const float* from, float* x) {
   const float4 v = *reinterpret_cast<const float4*>(from);
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
@@ -56,12 +57,8 @@ __device__ void load16(const half_t* from, float* x) {
   const uint4 v = *reinterpret_cast<const uint4*>(from);
   split(v.x, from, x), split(v.y, from, x + 2), split(v.z, from, x + 4), split(v.w, from, x + 6);
 }
-__device__ inline void store16(float* to, const float* x) {
-  __stwb(reinterpret_cast<float4*>(to), {x[0], x[1], x[2], x[3]});
-}
-__device__ inline void store16(double* to, const double* x) {
-  __stwb(reinterpret_cast<double2*>(to), {x[0], x[1]});
-}
+__device__ inline float4 packed(const float*, const float* x) { return {x[0], x[1], x[2], x[3]}; }
+__device__ inline double2 packed(const double*, const double* x) { return {x[0], x[1]}; }
 __device__ inline uint32_t join(const __nv_bfloat16*, const float* x) {
   return bits_as<uint32_t>(__floats2bfloat162_rn(x[0], x[1]));
 }
@@ -69,9 +66,14 @@ __device__ inline uint32_t join(const __half*, const float* x) {
   return bits_as<uint32_t>(__floats2half2_rn(x[0], x[1]));
 }
 template <typename half_t>
-__device__ void store16(half_t* to, const float* x) {
-  __stwb(reinterpret_cast<uint4*>(to),
-         {join(to, x), join(to, x + 2), join(to, x + 4), join(to, x + 6)});
+__device__ uint4 packed(const half_t* to, const float* x) {
+  return {join(to, x), join(to, x + 2), join(to, x + 4), join(to, x + 6)};
+}
+
+// Elements from a pointer to the next 16 bytes.
+template <typename scalar_t>
+__device__ int elements_to_pack(const scalar_t* from) {
+  return static_cast<int>((0 - reinterpret_cast<uintptr_t>(from)) % 16 / sizeof(scalar_t));
 }
 
 // kSize neighbouring elements: one, or what fills 16 aligned bytes once or twice.
@@ -94,7 +96,7 @@ __device__ void store_numbers(scalar_t* to, const T* x) {
     constexpr int kPack = 16 / sizeof(scalar_t);
     static_assert(kSize % kPack == 0);
     ALS_UNROLL
-    for (int i = 0; i < kSize; i += kPack) store16(to + i, x + i);
+    for (int i = 0; i < kSize; i += kPack) store16(to + i, packed(to, x + i));
   }
 }
 

@@ -5,22 +5,28 @@
 
 #include "sample_loss/loss_block.cuh"
 #include "sample_loss/loss_row.cuh"
+#include "sample_loss/loss_total.cuh"
 
 namespace als {
 
 constexpr int kRegisterThreads = 128;
+constexpr int kTotalRowThreads = 512;                // of a block whose cluster is the whole grid
+constexpr int kFewElements = 8, kManyElements = 32;  // of a row that a thread has
 
-// What: losses, state and gradients of rows of at most 32 * kElements classes.  Equations:
-// loss_math.h. Grid: `lanes` threads a row (power of two, at most a warp), the row in their
-// registers; grid-stride. Shared memory: none. Determinism: a row's sums have one order, by lanes
-// and kVec, whatever the grid.
+// What: losses, state and gradients of rows of at most 32 * kElements classes, and the weighted
+// total of the losses, unless that is null: then the grid is one cluster.  Equations: loss_math.h.
+// Grid: `lanes` threads a row (power of two, at most a warp), the row in their registers;
+// grid-stride.
+// Shared memory: none, or the sums of weighted_sum.
+// Determinism: a row's sums have one order, by lanes and kVec, whatever the grid.
 template <int kVec, int kElements, bool kGeneral, typename scalar_t, typename grad_t>
-__global__ void __launch_bounds__(kRegisterThreads)
-    loss_rows_in_registers(LossJob<scalar_t, grad_t> job, int lanes) {
+__global__ void __launch_bounds__(kElements > kFewElements ? kRegisterThreads : kTotalRowThreads)
+    loss_rows_in_registers(LossJob<scalar_t, grad_t> job, int lanes,
+                           accumulate_t<scalar_t>* total) {
   using T = accumulate_t<scalar_t>;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int classes = static_cast<int>(job.classes);
-  const int64_t block_rows = kRegisterThreads / lanes;
+  const int64_t block_rows = blockDim.x / lanes;
   const auto class_of = [&](int i) { return (i / kVec * lanes + lane) * kVec + i % kVec; };
 
   for (int64_t first = blockIdx.x * block_rows; first < job.rows; first += gridDim.x * block_rows) {
@@ -98,6 +104,16 @@ __global__ void __launch_bounds__(kRegisterThreads)
       }
       store_numbers<kVec>(out + class_of(i), slope);
     }
+  }
+  if constexpr (kElements <= kFewElements) {
+    if (!total) return;
+    ALS_DYNAMIC_SHARED(loss_shared);
+    cluster_arrive();
+    cluster_wait();
+    if (cluster_rank() != 0) return;
+    const double sum =
+        weighted_sum(job.scale, job.losses, job.rows, reinterpret_cast<double*>(loss_shared));
+    if (threadIdx.x == 0) *total = static_cast<accumulate_t<scalar_t>>(sum);
   }
 }
 

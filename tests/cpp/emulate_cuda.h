@@ -83,11 +83,6 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-template <typename T>
-void __stwb(T* to, const T& value) {
-  *to = value;
-}
-
 struct __half {
   uint16_t bits;
 };
@@ -146,7 +141,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline float __expf(float x) { return std::exp(x); }
 
 inline emulated::Dim threadIdx, blockIdx;
-inline emulated::Dim gridDim;
+inline emulated::Dim gridDim, blockDim;
 
 using std::max;
 using std::min;
@@ -255,6 +250,7 @@ void launch(Dim blocks, unsigned threads, const Kernel& kernel, size_t bytes = 1
             unsigned size = 1) {
   if (blocks.x % size != 0) std::abort();
   gridDim = blocks;
+  blockDim = {threads, 1};
   const auto thread = [&] {
     kernel();
     ++block->returned;

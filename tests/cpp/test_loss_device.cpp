@@ -53,9 +53,9 @@ void run_in_registers(const LossJob<float>& job) {
   while (lanes * kElements < job.classes) lanes *= 2;
   emulated::launch(1, kRegisterThreads, [&] {
     if (is_general(job)) {
-      loss_rows_in_registers<kVec, kElements, true>(job, lanes);
+      loss_rows_in_registers<kVec, kElements, true>(job, lanes, nullptr);
     } else {
-      loss_rows_in_registers<kVec, kElements, false>(job, lanes);
+      loss_rows_in_registers<kVec, kElements, false>(job, lanes, nullptr);
     }
   });
 }
