@@ -175,6 +175,8 @@ def jobs(device: torch.device) -> list[Job]:
         _losses(device, 100, torch.float32, label_smoothing=0.1),
         _losses(device, 5003, torch.float16, loss="gce", q=0.7),
         _losses(device, 12, torch.float64),
+        _losses(device, 40_000, BF16, loss="bootstrap", kind="soft"),  # two blocks a row, then four
+        _losses(device, 50_257, torch.float32),
         *(_knn(device, 1031, 17, 10, dtype) for dtype in (torch.float32, BF16)),
         _knn(device, 300, 128, 64, torch.float32),
         _vote(device),

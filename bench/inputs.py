@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ def batch(
     logits = (torch.randn(rows, classes, generator=g) * 3).to(DTYPES[dtype]).to(device)
     target = torch.randint(0, classes, (rows,), generator=g).to(device)
     return logits, target, torch.rand(rows, generator=g).add(0.5).to(device)
+
+
+def some_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of a batch: what float64 arithmetic keeps of a whole one may not fit."""
+    return zip(*(t.detach().split(1024) for t in tensors), strict=True)
 
 
 def copy_of(moved: int, device: torch.device) -> Callable[[], Any]:

@@ -167,10 +167,10 @@ def _backward(ctx: Any, grad_total: Tensor | None, _: None, __: None) -> tuple[T
     if needs[0]:
         if not need_grad:
             raise RuntimeError("weighted_loss: called with need_grad=False")
-        # The kept tensor, which nobody needs any more, becomes the result. The factor is looked at
-        # where it is: that of total.backward() is 1, and then nothing is read or written.
-        done = not batch and grad.dtype is dtype and not _keeps_graph()
-        if done and has_values(grad_total):
+        # The kept tensor, which nobody sees or needs any more, becomes the result. The factor is
+        # looked at where it is: that of total.backward() is 1, and then nothing is read or written.
+        free = getattr(ctx, "direct", False) and not _keeps_graph()
+        if free and not batch and grad.dtype is dtype and has_values(grad_total):
             with torch._C._AutoDispatchBelowAutograd():
                 torch.ops.als_ext.weighted_loss_scale_.default(grad, grad_total)
             torch.autograd.graph.increment_version(grad)

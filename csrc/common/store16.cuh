@@ -17,7 +17,7 @@ __device__ inline void store16(void* to, const V& v) {
                "r"(word[2]), "r"(word[3])
                : "memory");
 #else
-  memcpy(to, &v, 16);
+  *static_cast<V*>(to) = v;
 #endif
 }
 

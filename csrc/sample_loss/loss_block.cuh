@@ -254,7 +254,7 @@ __device__ void fill(grad_t* out, int64_t count, T value) {
 // once for the sums and once for the gradient. Nothing is read for a row without a loss.
 // Determinism: a row's sums have one order: thread, lane, warp, block.
 template <bool kGeneral, typename scalar_t, typename grad_t>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, sizeof(accumulate_t<scalar_t>) == 8 ? 2 : 3)
     loss_rows_by_block(LossJob<scalar_t, grad_t> job, LossPlan plan) {
   using T = accumulate_t<scalar_t>;
   ALS_DYNAMIC_SHARED(loss_shared);

@@ -34,20 +34,19 @@ void launch_block(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream) {
 }
 
 // A batch of few elements that one cluster takes in two turns at most, and its total with it: more
-// turns take longer than another kernel.
+// turns would take longer than another kernel.
 template <class Kernel, typename scalar_t, typename grad_t>
 bool launch_with_total(Kernel* kernel, const LossJob<scalar_t, grad_t>& job, int lanes,
                        accumulate_t<scalar_t>* total, cudaStream_t stream) {
   const int64_t block_rows = kTotalRowThreads / lanes;
   if (job.rows > 2 * kMostLossBlocks * block_rows) return false;
-  const int most = knows_clusters(kernel) ? kMostLossBlocks : 1;
-  if (job.rows > 2 * most * block_rows) return false;
   int blocks = 1;
-  while (blocks < most && blocks * block_rows < job.rows) blocks *= 2;
-  const ClusterLaunch launch(blocks, kTotalRowThreads, kTotalLanes * sizeof(double), stream,
-                             blocks);
-  if (blocks > 1 && !launch.fits(kernel)) return false;
-  launch(kernel, job, lanes, total);
+  if (job.rows > block_rows && knows_clusters(kernel)) {
+    while (blocks < kMostLossBlocks && blocks * block_rows < job.rows) blocks *= 2;
+  }
+  if (job.rows > 2 * blocks * block_rows) return false;
+  ClusterLaunch(blocks, kTotalRowThreads, kTotalLanes * sizeof(double), stream, blocks)(
+      kernel, job, lanes, total);
   return true;
 }
 

@@ -10,7 +10,7 @@
 namespace als {
 
 constexpr int kRegisterThreads = 128;
-constexpr int kTotalRowThreads = 512;                // of a block whose cluster is the whole grid
+constexpr int kTotalRowThreads = 256;                // of a block whose cluster is the whole grid
 constexpr int kFewElements = 8, kManyElements = 32;  // of a row that a thread has
 
 // What: losses, state and gradients of rows of at most 32 * kElements classes, and the weighted

@@ -65,6 +65,11 @@ inline float add_block(float sum, const double (&product)[8]) {
 namespace als {
 
 inline void copy16(void* shared, const void* global) {
+  const auto places = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
+  if (places % 16 != 0) {
+    std::fprintf(stderr, "emulated copy16: not aligned to 16 bytes\n");
+    std::abort();
+  }
   if (emulated::copies_are_late) {
     emulated::copies().open.push_back({shared, global});
   } else {
