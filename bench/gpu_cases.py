@@ -198,6 +198,8 @@ def jobs(device: torch.device) -> list[Job]:
         _losses(device, 100, torch.float32, label_smoothing=0.1),
         _losses(device, 5003, torch.float16, loss="gce", q=0.7),
         _losses(device, 12, torch.float64),
+        _losses(device, 40_000, BF16, loss="bootstrap", kind="soft"),  # two blocks a row, then four
+        _losses(device, 50_257, torch.float32),
         *(_losses(device, c, torch.float32, soft=True) for c in (100, 5000)),
         *(_losses(device, 7, t, soft=True, loss="squared_error") for t in (torch.float32, BF16)),
         *(_knn(device, 1031, 17, 10, dtype) for dtype in (torch.float32, BF16, torch.float16)),

@@ -70,6 +70,21 @@ def test_agrees_with_float64_reference(rows, classes, keywords, device):
     check(*make(rows, classes, device), **keywords)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+@pytest.mark.parametrize("classes", [16_385, 50_257, 128_256, 600_001])
+def test_long_rows_on_cuda(classes, dtype):
+    """Blocks that share a row add up what class weights and probabilities bring as well."""
+    logits, target, grad = make(4, classes, "cuda", dtype)
+    real = F64 if dtype == F64 else F32
+    class_weight = torch.rand(classes, device="cuda", dtype=real)
+    dense = torch.rand(4, classes, device="cuda", dtype=real)
+    dense /= dense.sum(dim=1, keepdim=True)
+    for keywords in LOSSES.values():
+        check(logits, target, grad, class_weight=class_weight, **keywords)
+    check(logits, dense, grad, class_weight=class_weight, label_smoothing=0.2)
+
+
 @losses
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])

@@ -75,6 +75,51 @@ def test_same_bits_as_sample_loss(classes, keywords, device):
         assert torch.equal(a, b)
 
 
+LONG = [16_385, 20_000, 32_000, 50_257, 128_256, 200_003, 1_000_003]  # one to many blocks a row
+
+
+@pytest.mark.cuda
+@losses
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("classes", LONG)
+def test_long_rows_on_cuda(classes, dtype, keywords):
+    logits, target, weight = make(5, classes, "cuda", dtype)
+    target[1] = -100
+    logits[2, ::3] = -float("inf")
+    target[2] = 1
+    if keywords.get("label_smoothing"):
+        logits[2] = 0  # else its loss is infinite
+    got = run(weighted_loss, logits, target, weight, **keywords)
+    want = run(plain, logits.double(), target, weight.double(), **keywords)
+    for a, b in zip((got[0], got[1], got[3]), (want[0], want[1], want[3]), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=4e-6)
+    # Nearly all elements are far below 1e-6: what they may lack is measured by the row's mean.
+    allowed = 4e-6 * want[2].abs().mean(dim=1, keepdim=True) + (2**-25 if dtype == F16 else 0)
+    allowed = allowed + (4e-6 + {F32: 0, BF16: 2**-8, F16: 2**-11}[dtype]) * want[2].abs()
+    assert ((got[2].double() - want[2]).abs() <= allowed).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("classes", [5000, 50_257, 128_256])
+def test_the_bits_of_a_long_row_are_its_own_on_cuda(classes, dtype):
+    """Wherever it begins in memory and in the batch; forward and backward of sample_loss, too."""
+    logits, target, weight = make(7, classes + 1, "cuda", dtype)
+    target %= classes
+    view = logits[:, 1:]
+    got = run(weighted_loss, view, target, weight)
+    same = run(weighted_loss, view.contiguous(), target, weight)
+    assert all(torch.equal(a, b) for a, b in zip(got, same, strict=True))
+    for i in range(7):
+        alone = run(weighted_loss, view[i : i + 1], target[i : i + 1], weight[i : i + 1])
+        assert torch.equal(alone[1], got[1][i : i + 1])
+        assert torch.equal(alone[2], got[2][i : i + 1])
+    z = view.detach().clone().requires_grad_()
+    values = sample_loss(z, target)
+    assert torch.equal(values.detach(), got[1])
+    assert torch.equal(torch.autograd.grad(values, z, weight)[0], got[2])
+
+
 @losses
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_the_public_function_and_the_operator_have_one_derivative(dtype, keywords, device):
@@ -174,6 +219,25 @@ def test_a_graph_that_is_not_kept_hands_its_gradient_over(device):
     weighted_loss(z, target, weight)[0].backward()
     first.zero_()
     assert torch.equal(z.grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (9, 7), (300, 1000)])
+def test_the_kept_gradient_is_scaled_in_place(shape, dtype, device):
+    kept = make(*shape, device, dtype)[0]
+    scale = torch.ops.als_ext.weighted_loss_scale_.default
+    for factor in (1.0, -3.0, 0.0):
+        factor = torch.tensor(factor, dtype=F64 if dtype == F64 else F32, device=device)
+        got, want = kept.clone(), (kept.to(factor.dtype) * factor).to(dtype)
+        scale(got, factor)
+        assert torch.equal(got, want)
+    opcheck(scale, (kept, factor))
+    with pytest.raises(RuntimeError, match="factor: expected dtype"):
+        scale(kept, factor.to(F16))
+    with pytest.raises(RuntimeError, match="factor: expected one element, got 2"):
+        scale(kept, factor.expand(2).contiguous())
+    with pytest.raises(RuntimeError, match="grad_logits: expected a contiguous tensor"):
+        scale(kept.new_zeros(3, 2).t(), factor)
 
 
 def test_two_losses_on_one_tensor_and_logits_not_modified(device):

@@ -23,7 +23,11 @@ def runs_eagerly() -> bool:
 
 
 class DirectCall:
-    """An operator with the formulas of its ``register_autograd``."""
+    """An operator with the formulas of its ``register_autograd``.
+
+    The formulas find ``ctx.direct`` set: whoever called has seen only those outputs that the public
+    function returns.
+    """
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class DirectCall:
             def forward(ctx: FunctionCtx, *arguments: Any) -> Any:
                 with torch._C._AutoDispatchBelowAutograd():
                     output = operator(*arguments)
+                ctx.direct = True  # type: ignore[attr-defined]
                 setup_context(ctx, arguments, output)
                 return output
 

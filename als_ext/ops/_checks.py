@@ -71,9 +71,13 @@ def check_float(
 
 def values_readable(value: Tensor) -> bool:
     """Whether looking at values costs no wait for a device, and there are values to look at."""
+    return value.is_cpu and has_values(value)
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether the tensor is neither a tracer's nor that of a level of vmap or grad."""
     return (
         not torch.compiler.is_compiling()
-        and value.is_cpu
         and type(value) is Tensor  # no FakeTensor or other subclass
         and torch._C._has_storage(value)  # no level of vmap or grad
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from als_ext.ops._autograd import DirectCall, runs_eagerly
-from als_ext.ops._checks import check_tensor, values_readable
+from als_ext.ops._checks import check_tensor, has_values
 from als_ext.ops.sample_loss import (
     FLOATS,
     accumulation_dtype,
@@ -167,10 +167,13 @@ def _backward(ctx: Any, grad_total: Tensor | None, _: None, __: None) -> tuple[T
     if needs[0]:
         if not need_grad:
             raise RuntimeError("weighted_loss: called with need_grad=False")
-        # total.backward() comes with the factor 1. On the CPU that can be seen without waiting, and
-        # the kept tensor, which nobody needs any more, is the result: a whole pass less.
-        done = not batch and grad.dtype is dtype and not _keeps_graph()
-        if done and values_readable(grad_total) and grad_total.item() == 1:
+        # The kept tensor, which nobody sees or needs any more, becomes the result. The factor is
+        # looked at where it is: that of total.backward() is 1, and then nothing is read or written.
+        free = getattr(ctx, "direct", False) and not _keeps_graph()
+        if free and not batch and grad.dtype is dtype and has_values(grad_total):
+            with torch._C._AutoDispatchBelowAutograd():
+                torch.ops.als_ext.weighted_loss_scale_.default(grad, grad_total)
+            torch.autograd.graph.increment_version(grad)
             grad_logits = grad
         else:
             grad_logits = _scaled(grad, grad_total, batch, dtype)
@@ -185,12 +188,19 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def _scaled(rows: Tensor, factor: Tensor, batch: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Rows of each total times its factor, in ``dtype``."""
+    if not batch and has_values(factor):
+        return torch.mul(rows, factor, out=rows.new_empty(rows.shape, dtype=dtype))  # one kernel
     if not batch:
         return (rows * factor).to(dtype)
     totals = math.prod(batch)
     by_total = rows.reshape(totals, rows.shape[0] // totals, *rows.shape[1:])
     scaled = by_total * factor.reshape(totals, *(1,) * rows.dim())
     return scaled.to(dtype).reshape(rows.shape)
+
+
+@torch.library.register_fake("als_ext::weighted_loss_scale_")
+def _fake_scale(grad_logits: Tensor, factor: Tensor) -> None:
+    return None
 
 
 torch.library.register_autograd("als_ext::weighted_loss", _backward, setup_context=_setup_context)

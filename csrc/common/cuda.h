@@ -24,6 +24,58 @@ class CudaScope {
   cudaStream_t stream_ = nullptr;
 };
 
+// Whether a kernel can be launched in clusters of blocks on the current device: whether the code
+// that runs there was compiled for 9.0 or later. Code of 8.0 that a newer device translates is not.
+template <class Kernel>
+bool knows_clusters(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
+}
+
+// Lets a kernel have more dynamic shared memory than the default of 48 KiB; returns how much.
+// Always the same value, so that threads may set it at a time.
+template <class Kernel>
+int allow_all_shared_memory(Kernel* kernel) {
+  int device = 0, bytes = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  return bytes;
+}
+
+// A launch in clusters of `cluster` blocks, or a plain one for 1.
+class ClusterLaunch {
+ public:
+  ClusterLaunch(unsigned grid, int threads, int64_t shared, cudaStream_t stream, int cluster) {
+    config_.gridDim = dim3(grid);
+    config_.blockDim = dim3(threads);
+    config_.dynamicSmemBytes = static_cast<size_t>(shared);
+    config_.stream = stream;
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config_.attrs = &attribute_;
+    config_.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+
+  // Whether the device has room for one cluster.
+  template <class Kernel>
+  bool fits(Kernel* kernel) const {
+    int clusters = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config_));
+    return clusters > 0;
+  }
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), const Arguments&... arguments) const {
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config_, kernel, Parameters(arguments)...));
+  }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute attribute_{};
+};
+
 #define ALS_LAUNCH_CHECK() STD_CUDA_KERNEL_LAUNCH_CHECK()
 
 }  // namespace als

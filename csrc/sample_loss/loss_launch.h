@@ -9,9 +9,11 @@
 
 namespace als {
 
-// Enqueues a job; nothing is waited for.
+// Enqueues a job; nothing is waited for. Returns whether it writes `total`, the sum of scale * loss
+// ([], or null), as well: a batch that one cluster takes, which spares a kernel.
 template <typename scalar_t, typename grad_t>
-void launch_loss_job(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream);
+bool launch_loss_job(const LossJob<scalar_t, grad_t>& job, accumulate_t<scalar_t>* total,
+                     cudaStream_t stream);
 
 // Where the templates of sample_loss.h and weighted_loss.h run. No look at classes: that would wait
 // for the device.
@@ -23,7 +25,7 @@ class CudaLosses {
   explicit CudaLosses(const LossArguments& a) : scope_(a.logits) {}
   template <typename scalar_t, typename grad_t>
   void run(const LossJob<scalar_t, grad_t>& job) const {
-    launch_loss_job(job, scope_.stream());
+    launch_loss_job(job, nullptr, scope_.stream());
   }
   cudaStream_t stream() const { return scope_.stream(); }
 

@@ -18,36 +18,57 @@ int lanes_of(int64_t classes, int elements) {
   return lanes;
 }
 
-template <int kVec, bool kGeneral, typename scalar_t, typename grad_t>
+template <bool kGeneral, typename scalar_t, typename grad_t>
 void launch_block(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream) {
-  const auto kernel = loss_rows_by_block<kVec, kGeneral, scalar_t, grad_t>;
-  int device = 0, limit = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int64_t bytes = job.classes * static_cast<int64_t>(sizeof(scalar_t));
-  constexpr int64_t kStatic = 1024;  // fields of block_sums and the arg max
-  const bool cached = job.grad && !job.state_in && bytes + kStatic <= limit;
-  const int shared = cached ? static_cast<int>(bytes) : 0;
-  if (shared + kStatic > 48 * 1024) {  // beyond the default limit; the same value in every thread
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        limit - static_cast<int>(kStatic)));
+  const auto kernel = loss_rows_by_block<kGeneral, scalar_t, grad_t>;
+  constexpr int64_t kSize = sizeof(scalar_t), kSums = sizeof(BlockShared<accumulate_t<scalar_t>>);
+  const int limit = allow_all_shared_memory(kernel);
+  LossPlan plan{};
+  for (int most = knows_clusters(kernel) ? kMostLossBlocks : 1;; most = plan.blocks / 2) {
+    plan = plan_loss(job.classes, kSize, limit - kSums, most);
+    const unsigned grid = grid_of(job.rows, 1) * plan.blocks;
+    const ClusterLaunch launch(grid, kBlockThreads, kSums + plan.bytes(kSize), stream, plan.blocks);
+    if (plan.blocks > 1 && !launch.fits(kernel)) continue;  // a part of a device, say
+    return launch(kernel, job, plan);
   }
-  kernel<<<grid_of(job.rows, 1), kBlockThreads, shared, stream>>>(job, cached);
+}
+
+// A batch of few elements that one cluster takes in two turns at most, and its total with it: more
+// turns would take longer than another kernel.
+template <class Kernel, typename scalar_t, typename grad_t>
+bool launch_with_total(Kernel* kernel, const LossJob<scalar_t, grad_t>& job, int lanes,
+                       accumulate_t<scalar_t>* total, cudaStream_t stream) {
+  const int64_t block_rows = kTotalRowThreads / lanes;
+  if (job.rows > 2 * kMostLossBlocks * block_rows) return false;
+  int blocks = 1;
+  if (job.rows > block_rows && knows_clusters(kernel)) {
+    while (blocks < kMostLossBlocks && blocks * block_rows < job.rows) blocks *= 2;
+  }
+  if (job.rows > 2 * blocks * block_rows) return false;
+  ClusterLaunch(blocks, kTotalRowThreads, kTotalLanes * sizeof(double), stream, blocks)(
+      kernel, job, lanes, total);
+  return true;
 }
 
 template <int kVec, bool kGeneral, typename scalar_t, typename grad_t>
-void launch_rows(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream) {
-  constexpr int kFew = 8, kMany = 32;  // elements a thread
-  if (job.classes > 32 * kMany) return launch_block<kVec, kGeneral>(job, stream);
-  const bool few = job.classes <= 32 * kFew;
-  const int lanes = lanes_of(job.classes, few ? kFew : kMany);
+bool launch_rows(const LossJob<scalar_t, grad_t>& job, accumulate_t<scalar_t>* total,
+                 cudaStream_t stream) {
+  if (job.classes > 32 * kManyElements) {
+    launch_block<kGeneral>(job, stream);
+    return false;
+  }
+  const bool few = job.classes <= 32 * kFewElements;
+  const int lanes = lanes_of(job.classes, few ? kFewElements : kManyElements);
   const unsigned grid = grid_of(job.rows, kRegisterThreads / lanes);
   if (few) {
-    loss_rows_in_registers<kVec, kFew, kGeneral><<<grid, kRegisterThreads, 0, stream>>>(job, lanes);
+    const auto kernel = loss_rows_in_registers<kVec, kFewElements, kGeneral, scalar_t, grad_t>;
+    if (total && launch_with_total(kernel, job, lanes, total, stream)) return true;
+    kernel<<<grid, kRegisterThreads, 0, stream>>>(job, lanes, nullptr);
   } else {
-    loss_rows_in_registers<kVec, kMany, kGeneral>
-        <<<grid, kRegisterThreads, 0, stream>>>(job, lanes);
+    loss_rows_in_registers<kVec, kManyElements, kGeneral>
+        <<<grid, kRegisterThreads, 0, stream>>>(job, lanes, nullptr);
   }
+  return false;
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -55,33 +76,38 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 }  // namespace
 
 template <typename scalar_t, typename grad_t>
-void launch_loss_job(const LossJob<scalar_t, grad_t>& job, cudaStream_t stream) {
-  if (job.rows == 0) return;
+bool launch_loss_job(const LossJob<scalar_t, grad_t>& job, accumulate_t<scalar_t>* total,
+                     cudaStream_t stream) {
+  if (job.rows == 0) return false;
+  bool summed = false;
   if (job.spec.kind == LossKind::kSquaredError) {
     const int lanes = lanes_of(job.classes, 1);
     const unsigned grid = grid_of(job.rows, kRegisterThreads / lanes);
     squared_error_rows<<<grid, kRegisterThreads, 0, stream>>>(job, lanes);
   } else if constexpr (std::is_same_v<scalar_t, double>) {  // for checks: one kernel is enough
-    launch_rows<1, true>(job, stream);
+    summed = launch_rows<1, true>(job, total, stream);
   } else {
     constexpr int kVec = 16 / sizeof(scalar_t);
     const bool packs = aligned(job.logits) && aligned(job.grad) && job.classes % kVec == 0 &&
                        job.row_stride % kVec == 0;
     const bool general = job.spec.side() != SideTarget::kNone || job.spec.needs_entropy();
     if (packs) {
-      general ? launch_rows<kVec, true>(job, stream) : launch_rows<kVec, false>(job, stream);
+      summed = general ? launch_rows<kVec, true>(job, total, stream)
+                       : launch_rows<kVec, false>(job, total, stream);
     } else {
-      general ? launch_rows<1, true>(job, stream) : launch_rows<1, false>(job, stream);
+      summed = general ? launch_rows<1, true>(job, total, stream)
+                       : launch_rows<1, false>(job, total, stream);
     }
   }
   ALS_LAUNCH_CHECK();
+  return summed;
 }
 
-template void launch_loss_job(const LossJob<float, float>&, cudaStream_t);
-template void launch_loss_job(const LossJob<double, double>&, cudaStream_t);
-template void launch_loss_job(const LossJob<__nv_bfloat16, __nv_bfloat16>&, cudaStream_t);
-template void launch_loss_job(const LossJob<__half, __half>&, cudaStream_t);
-template void launch_loss_job(const LossJob<__half, float>&, cudaStream_t);
+template bool launch_loss_job(const LossJob<float, float>&, float*, cudaStream_t);
+template bool launch_loss_job(const LossJob<double, double>&, double*, cudaStream_t);
+template bool launch_loss_job(const LossJob<__nv_bfloat16, __nv_bfloat16>&, float*, cudaStream_t);
+template bool launch_loss_job(const LossJob<__half, __half>&, float*, cudaStream_t);
+template bool launch_loss_job(const LossJob<__half, float>&, float*, cudaStream_t);
 
 }  // namespace als
 

@@ -7,4 +7,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(als_ext, m) {
       "weighted_loss(Tensor logits, Tensor target, Tensor weight, Tensor? class_weight, int loss, "
       "float[] parameters, float label_smoothing, int ignore_index, int[] batch, bool need_grad) "
       "-> (Tensor total, Tensor losses, Tensor grad_logits)");
+  // grad_logits *= factor, for backward; a factor of 1 costs no pass. The factor has the dtype of
+  // losses.
+  m.def("weighted_loss_scale_(Tensor(a!) grad_logits, Tensor factor) -> ()");
 }

@@ -19,9 +19,9 @@ inline ScalarType kept_gradient_dtype(const Tensor& logits) {
   return dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
 
-// The operator, for a Device of sample_loss.h with sum(weight, losses, total, totals, rows of
-// each). batch: the shape of total, each the sum over B / prod(batch) consecutive rows. Without
-// need_grad the gradient is [0, C].
+// The operator, for a Device of sample_loss.h with run(job, total, totals, rows of each) for the
+// job and its totals. batch: the shape of total, each the sum over B / prod(batch) consecutive
+// rows. Without need_grad the gradient is [0, C].
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> weighted_loss(const Tensor& logits, const Tensor& target,
                                                  const Tensor& weight,
@@ -52,12 +52,17 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(const Tensor& logits, const Ten
     job.scale = w.const_data_ptr<T>();
     job.losses = losses.mutable_data_ptr<T>();
     if (need_grad) job.grad = static_cast<grad_t*>(grad.mutable_data_ptr());
-    device.run(job);
-    if (totals > 0) {
-      device.sum(job.scale, job.losses, total.mutable_data_ptr<T>(), totals, rows / totals);
-    }
+    device.run(job, total.mutable_data_ptr<T>(), totals, totals > 0 ? rows / totals : 0);
   });
   return {total, losses, grad};
+}
+
+// weighted_loss_scale_: the kept gradient and the incoming one of total.
+inline void check_scale(const Tensor& grad, const Tensor& factor) {
+  ALS_CHECK(grad.is_contiguous(), "grad_logits: expected a contiguous tensor");
+  check_dtype(factor, accumulation_dtype(grad), "factor");
+  check_same_device(factor, grad, "factor");
+  ALS_CHECK(factor.numel() == 1, "factor: expected one element, got ", factor.numel());
 }
 
 }  // namespace als

@@ -20,16 +20,17 @@ struct Copy {
   const void* from;
 };
 struct Copies {
-  unsigned long block = 0;
+  unsigned long launch = 0;
   std::vector<Copy> open;                 // not in a group yet
   std::deque<std::vector<Copy>> pending;  // groups, oldest first
 };
 
 // Those of the running thread. A thread begins without any.
 inline Copies& copies() {
-  static Copies of_thread[1024];
-  Copies& mine = of_thread[threadIdx.x];
-  if (mine.block != block_number) mine = {block_number, {}, {}};
+  static std::vector<Copies> of_thread;
+  if (of_thread.size() <= thread_number) of_thread.resize(thread_number + 1);
+  Copies& mine = of_thread[thread_number];
+  if (mine.launch != launch_number) mine = {launch_number, {}, {}};
   return mine;
 }
 
@@ -65,6 +66,11 @@ float add_block(float sum, const double (&product)[kProducts]) {
 namespace als {
 
 inline void copy16(void* shared, const void* global) {
+  const auto places = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
+  if (places % 16 != 0) {
+    std::fprintf(stderr, "emulated copy16: not aligned to 16 bytes\n");
+    std::abort();
+  }
   if (emulated::copies_are_late) {
     emulated::copies().open.push_back({shared, global});
   } else {

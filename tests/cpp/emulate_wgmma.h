@@ -32,9 +32,9 @@ inline void require(bool holds, const char* what) {
 constexpr unsigned kSharedBase = 1024 + 16;
 
 inline unsigned char* shared_pointer(unsigned address) {
-  require(address >= kSharedBase && address - kSharedBase < dynamic_shared_bytes,
+  require(address >= kSharedBase && address - kSharedBase < block->bytes,
           "an address outside of dynamic shared memory");
-  return dynamic_shared + (address - kSharedBase);
+  return block->shared.get() + (address - kSharedBase);
 }
 
 // ---- barriers and bulk copies ----
@@ -107,7 +107,7 @@ inline Products& products_of(unsigned thread) {
 }
 inline Products& products() {
   Products& mine = products_of(threadIdx.x);
-  if (mine.block != block_number) mine = {block_number, {}, {}, {}, 0, {}};
+  if (mine.block != launch_number) mine = {launch_number, {}, {}, {}, 0, {}};
   return mine;
 }
 
@@ -175,7 +175,7 @@ inline bool is_operand(unsigned address, unsigned bytes) {
   };
   for (unsigned t = 0; t < 1024; ++t) {
     const Products& of_thread = products_of(t);
-    if (of_thread.block != block_number) continue;
+    if (of_thread.block != launch_number) continue;
     if (std::any_of(of_thread.open.begin(), of_thread.open.end(), reads)) return true;
     for (const auto& group : of_thread.pending) {
       if (std::any_of(group.begin(), group.end(), reads)) return true;
@@ -193,11 +193,11 @@ inline void check_asynchronous() {
   for (unsigned t = 0; t < 1024; ++t) {
     const Products& of_thread = products_of(t);
     require(
-        of_thread.block != block_number || (of_thread.open.empty() && of_thread.pending.empty()),
+        of_thread.block != launch_number || (of_thread.open.empty() && of_thread.pending.empty()),
         "the block ends before a product was waited for");
   }
 }
-inline const bool checks_asynchronous = (at_end_of_block.push_back(check_asynchronous), true);
+inline const bool checks_asynchronous = (at_end_of_launch.push_back(check_asynchronous), true);
 
 }  // namespace emulated
 
@@ -205,7 +205,7 @@ namespace als {
 
 inline unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(static_cast<const unsigned char*>(shared) -
-                               emulated::dynamic_shared) +
+                               emulated::block->shared.get()) +
          emulated::kSharedBase;
 }
 

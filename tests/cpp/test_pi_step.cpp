@@ -145,6 +145,7 @@ struct Device {
   std::vector<als::PiSums> partial;
   int64_t skipped = 0;
   float found_inf = 0.0f;
+  int64_t offset = 0;  // of the first entry from 16 aligned bytes
 
   Device(int64_t n, bool with_prior, std::vector<int64_t> sorted, int64_t capacity)
       : u(normal(n, 5)),
@@ -160,9 +161,13 @@ struct Device {
   }
 
   void run(bool advance, int64_t max_blocks) {
+    // Copies end where the entries do, so that AddressSanitizer sees what is read beyond.
+    std::vector<float> moved_u(offset + u.size()), moved_prior(offset + prior.size());
+    std::copy(u.begin(), u.end(), moved_u.begin() + offset);
+    std::copy(prior.begin(), prior.end(), moved_prior.begin() + offset);
     als::PiStepParams p{};
-    p.u = u.data();
-    p.log_prior = prior.empty() ? nullptr : prior.data();
+    p.u = moved_u.data() + offset;
+    p.log_prior = prior.empty() ? nullptr : moved_prior.data() + offset;
     p.scalars = scalars.data();
     p.skipped = &skipped;
     p.batch_index = pending_index.data();
@@ -187,6 +192,7 @@ struct Device {
       p.log_prior ? als::pi_pass_kernel<true>(p) : als::pi_pass_kernel<false>(p);
     });
     emulated::launch(1, als::kPiCombineThreads, [&] { als::pi_combine_kernel(p); });
+    std::copy(moved_u.begin() + offset, moved_u.end(), u.begin());
   }
 
   // r of every entry after the step, and after the half step, without a common constant.
@@ -250,6 +256,28 @@ TEST_P(DevicePass, FollowsFloat64) {
 INSTANTIATE_TEST_SUITE_P(Sizes, DevicePass,
                          testing::Combine(testing::Values<int64_t>(1, 5, 9001), testing::Bool(),
                                           testing::Bool()));
+
+// Whole tiles are read 16 bytes at a time where u begins so, and entry by entry elsewhere.
+TEST(DevicePassLayout, TheSameBitsWhereverTheStateBegins) {
+  for (const bool with_prior : {false, true}) {
+    for (const bool far : {false, true}) {
+      std::vector<float> u;
+      std::vector<double> scalars;
+      for (const int64_t offset : {0, 1, 2, 3}) {
+        Device device(2 * als::kPiTile + 9, with_prior, {1, 1, 4}, 3);
+        device.offset = offset;
+        if (far) device.scalars[als::kPiLogMean] = 30.0;
+        device.run(true, 2);
+        if (offset == 0) {
+          u = device.u;
+          scalars = device.scalars;
+        }
+        EXPECT_EQ(device.u, u);
+        EXPECT_EQ(device.scalars, scalars);
+      }
+    }
+  }
+}
 
 TEST(DeviceStep, CountsLossesThatAreNotFinite) {
   Device device(10, false, {1, 1, 4}, 3);

@@ -51,7 +51,8 @@ struct Matrices {  // small integers: every sum is exact
 
 // Slabs where the swizzle begins.
 unsigned char* first_slab() {
-  return emulated::dynamic_shared + (0u - als::shared_address(emulated::dynamic_shared)) % 512;
+  return emulated::block->shared.get() +
+         (0u - als::shared_address(emulated::block->shared.get())) % 512;
 }
 
 class Wgmma : public testing::TestWithParam<bool> {
@@ -101,7 +102,7 @@ TEST_P(Wgmma, WaitLeavesTheLastGroupsInFlight) {
   emulated::launch(
       1, 128,
       [&] {
-        std::memset(emulated::dynamic_shared, 0, 3 * 8192);
+        std::memset(emulated::block->shared.get(), 0, 3 * 8192);
         __syncthreads();
         const uint64_t zeros = als::wgmma_descriptor(als::shared_address(first_slab()));
         float first[64] = {}, second[64] = {};
@@ -126,13 +127,13 @@ void with_barrier(const Body& body, unsigned threads = 32) {
   emulated::launch(
       1, threads,
       [&] {
-        auto* barrier = reinterpret_cast<uint64_t*>(emulated::dynamic_shared + 128);
+        auto* barrier = reinterpret_cast<uint64_t*>(emulated::block->shared.get() + 128);
         if (threadIdx.x == 0) {
           als::barrier_init(barrier, 1);
           als::fence_async();
         }
         __syncthreads();
-        body(barrier, source, emulated::dynamic_shared);
+        body(barrier, source, emulated::block->shared.get());
       },
       256);
 }
@@ -222,7 +223,7 @@ TEST(WgmmaDeathTest, ABarrierThatCopiesDoNotSee) {
   EXPECT_DEATH(emulated::launch(1, 32,
                                 [] {
                                   auto* barrier =
-                                      reinterpret_cast<uint64_t*>(emulated::dynamic_shared);
+                                      reinterpret_cast<uint64_t*>(emulated::block->shared.get());
                                   if (threadIdx.x > 0) return;
                                   als::barrier_init(barrier, 1);
                                   als::bulk_copy(barrier + 2, barrier + 4, 16, barrier);
@@ -236,7 +237,7 @@ void with_operand(const Body& body) {
   emulated::launch(
       1, 128,
       [&] {
-        std::memset(emulated::dynamic_shared, 0, 3 * 8192);
+        std::memset(emulated::block->shared.get(), 0, 3 * 8192);
         __syncthreads();
         float d[64] = {};
         body(d, als::wgmma_descriptor(als::shared_address(first_slab())));
