@@ -39,6 +39,17 @@ struct KnnCudaPlan {
     return p;
   }
 
+  // Rows of a part of a database on the device: maxima of 65,536 groups leave a span 500 queries.
+  static int64_t resident_rows(int64_t rows) { return std::min<int64_t>(rows, 1 << 20); }
+
+  // Rows of a part of a database that comes from the host. Its tiles fit a chunk, so that they are
+  // packed once for all spans.
+  static int64_t part_rows(int64_t rows, int64_t dim, int64_t row_bytes, int64_t staging_bytes) {
+    const KnnCudaPlan p = of(1, rows, dim);
+    const int64_t part = std::min(staging_bytes / row_bytes, p.chunk * kKnnTile);
+    return std::clamp<int64_t>(part > kKnnTile ? part / kKnnTile * kKnnTile : part, 1, rows);
+  }
+
   int64_t float_tile() const { return kKnnTile * depth; }  // numbers
 };
 
