@@ -45,6 +45,10 @@ QUICK_GPU_SIZES = {
 }
 MANY, FEW = 64, 8  # neighbours
 GROWTH = f"time_at_k_{MANY}_over_k_{FEW}"
+# (queries, rows, D, k) with the database in host memory: bound by the copy, and not
+HOST_SIZES = [(count, 2_000_000, 128, 10) for count in (1024, 65_536)]
+COPY, RESIDENT = "copy of the database", "database on the device"
+STREAMED = "time_over_the_longer_of_copy_and_search"
 ORDERS = ("nearest first", "farthest first")
 
 
@@ -195,6 +199,31 @@ def setup_growth(queries, rows, dim, quick, device):
     return lineup
 
 
+def setup_host(queries, rows, dim, k, device):
+    """The database in pinned memory, against the same search of it on the device."""
+    database = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))  # 1 GB: not kept
+    query, resident = points(queries, dim, 1).to(device), database.to(device)
+    if device.type == "cuda":
+        database = database.pin_memory()
+    ours, search = (partial(knn, query, place, k) for place in (database, resident))
+    buffer = torch.empty_like(resident)
+
+    def error():
+        return max(mismatch(got, want) for got, want in zip(ours(), search(), strict=True))
+
+    def derive(median):
+        return {STREAMED: median["ours"] / max(median[COPY], median[RESIDENT])}
+
+    measure = "share of neighbours that the same search on the device does not find"
+    lineup = Lineup(measure, 0.0, derive=derive)
+    lineup.note = f"{database.nbytes / 1e9:.1f} GB in pinned host memory"
+    lineup.ours(ours, error)
+    lineup.variant(RESIDENT, search)
+    lineup.peer("copy, then search", lambda: knn(query, database.to(device, non_blocking=True), k))
+    lineup.ceiling(COPY, partial(buffer.copy_, database, non_blocking=True))
+    return lineup
+
+
 def _cpu_peers(lineup, query, database, k, few, want):
     lineup.settle = 0.003 if query.shape[0] <= 16 else 0.0
     queries = query.numpy()
@@ -265,6 +294,14 @@ def races(quick):
         counts=counts(count, many, dim, MANY, "bfloat16", False),
         gpu_at_most={GROWTH: 1.25},
     )
+    for count, many, dim, k in [(64, 600, 24, 4)] if quick else HOST_SIZES:
+        yield Race(
+            "knn",
+            f"D = {dim}, k = {k}, Q = {count}, M = {many}, database from the host",
+            partial(setup_host, count, many, dim, k),
+            gpu_only=not quick,
+            gpu_at_most={STREAMED: 1.15},
+        )
 
 
 def curves(quick):

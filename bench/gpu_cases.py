@@ -12,6 +12,7 @@ graphs are plain calls, streams take turns, and large is a few thousand elements
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from als_ext import SampleWeights
+from als_ext import SampleWeights, _library
 from als_ext.ops import knn, knn_vote, sample_loss, weighted_loss
 from als_ext.ops.also_step import also_step_
 from als_ext.ops.pi_step import pi_rule, pi_state, pi_step_, pi_weight
@@ -143,6 +144,17 @@ def _knn(
     return Job(name, inputs, lambda: knn(query, database, k, **settings))
 
 
+def _knn_from_host(device: torch.device, rows: int, dim: int, k: int) -> Job:
+    """The database stays in pinned memory and comes in parts of at most 16 KiB."""
+    query, database = torch.zeros(65, dim, device=device), torch.zeros(rows, dim)
+    if device.type == "cuda":
+        _library._cuda.set_staging_bytes(1 << 14)
+        database = database.pin_memory()
+    inputs = [(query, _normal(65, dim)), (database, _normal(rows, dim))]
+    name = f"knn, {rows} × {dim} from the host, k = {k}"
+    return Job(name, inputs, lambda: knn(query, database, k))
+
+
 def _vote(device: torch.device) -> Job:
     distance = torch.zeros(300, 7, device=device)
     index = torch.zeros(300, 7, dtype=torch.int64, device=device)
@@ -207,6 +219,7 @@ def jobs(device: torch.device) -> list[Job]:
         _knn(device, 2500, 300, 100, BF16, metric="cosine"),
         _knn(device, 2500, 64, 20, torch.float32, ties=True),
         _knn(device, 700, 40, 5, torch.float64, metric="ip"),
+        *(_knn_from_host(device, 1031, 17, k) for k in (10, 300)),
         _vote(device),
         *(_pi(device, lazy, prior) for lazy in (False, True) for prior in (False, True)),
         *(_also(device, dtype, half) for dtype in (torch.float32, BF16) for half in (False, True)),
@@ -352,6 +365,36 @@ def _large_database(device: torch.device, limit: int) -> None:
     assert index[3].tolist() == [rows - 1 - place for place in range(k)], index[3]
 
 
+def _large_host_database(device: torch.device, limit: int) -> None:
+    """As above, in host memory, of a process that may allocate an eighth of that on the device."""
+    rows, k, fill = limit // 128 + 50, 5, 1 << 20
+    size = rows * 128 * BF16.itemsize
+    # pinned memory comes in powers of two
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < 2.5 * size:
+        raise Skipped(f"needs {2.5 * size / 2**30:.0f} GiB of host memory")
+    cuda = device.type == "cuda"
+    database = torch.empty(rows, 128, dtype=BF16, pin_memory=cuda)
+    for first in range(0, rows, fill):
+        part = database[first : first + fill]
+        part.copy_(torch.randn(part.shape, device=device))
+    query = torch.randn(16, 128, device=device).to(BF16)
+    for place in range(k):
+        database[rows - 1 - place] = query[3]
+        database[rows - 1 - place, 0] += place + 1
+    if cuda:
+        torch.cuda.empty_cache()
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(size / 8 / whole)
+    try:
+        _, index = knn(query, database, k)
+        got = index[3].tolist()
+    finally:
+        if cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    assert got == [rows - 1 - place for place in range(k)], got
+
+
 def _large_vote(device: torch.device, limit: int) -> None:
     _room(device, 40)
     k = 64
@@ -408,6 +451,7 @@ def large(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"losses, {classes} classes", partial(_large_losses, device, limit, classes)
     yield "knn, products", partial(_large_knn, device, limit)
     yield "knn, database", partial(_large_database, device, limit)
+    yield "knn, database of the host", partial(_large_host_database, device, limit)
     yield "knn_vote", partial(_large_vote, device, limit)
     for mode in ("dense", "lazy"):
         yield f"pi_step, {mode}", partial(_large_pi, device, limit, mode)

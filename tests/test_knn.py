@@ -1,7 +1,9 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from als_ext import _library
@@ -630,6 +632,20 @@ def test_spans_of_queries_and_chunks_of_the_database_on_cuda():
 
 
 @pytest.mark.cuda
+def test_more_rows_than_are_searched_at_a_time_on_cuda():
+    points = gaussian((1 << 20) + 77, 4, "cuda")
+    points[-40:] = points[7:47]  # ties over both parts
+    some = [7, 8, 40, 1000, (1 << 20) - 1, 1 << 20, (1 << 20) + 76]
+    distance, index = knn(points, points, 20, exclude_self=True)
+    assert not (index == torch.arange(len(points), device="cuda")[:, None]).any()
+    want = knn(points[some].cpu(), points.cpu(), 21)
+    for row, d, i in zip(some, *want, strict=True):
+        others = i != row
+        assert torch.equal(index[row].cpu(), i[others][:20])
+        assert torch.equal(distance[row].cpu(), d[others][:20])
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("k", [5, 2048])
 def test_captured_in_a_cuda_graph(k):
     query, database = gaussian(40, 6, "cuda", 1), gaussian(3000, 6, "cuda")
@@ -640,6 +656,208 @@ def test_captured_in_a_cuda_graph(k):
     query.copy_(gaussian(40, 6, "cuda", 2))
     graph.replay()
     assert_same(got, knn(query, database, k))
+
+
+# ---- a database that stays in host memory ----
+
+
+@pytest.fixture
+def parts_of():
+    """Makes a host database of rows of ``row_bytes`` reach the device ``rows`` at a time."""
+    changed = []
+
+    def set_part(rows, row_bytes):
+        changed.append(_library._cuda.set_staging_bytes(rows * row_bytes))
+
+    yield set_part
+    if changed:
+        _library._cuda.set_staging_bytes(changed[0])
+
+
+def streamed(query, database, k, **options):
+    """Equal to the search of the same rows on the device."""
+    got = knn(query, database, k, **options)
+    assert_same(got, knn(query, database.cuda(), k, **options))
+    assert got[0].is_cuda
+    return got
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("part", [100, 128, 1000, 2999])
+def test_a_database_in_pinned_memory(part, metric, dtype, parts_of):
+    parts_of(part, 33 * dtype.itemsize)
+    query, database = gaussian(40, 33, "cuda", 1).to(dtype), gaussian(3000, 33, "cpu").to(dtype)
+    database[2000:2500] = database[100:600]  # ties over parts
+    for k in (1, 9, 300, 2048):  # more than a part has rows, too
+        streamed(query, database.pin_memory(), k, metric=metric)
+    got = [part.cpu() for part in knn(query, database.pin_memory(), 9, metric=metric)]
+    assert_same(got, knn_reference(query.cpu(), database, 9, metric=metric))
+
+
+@pytest.mark.cuda
+def test_a_database_in_pinned_memory_of_the_usual_parts(parts_of):
+    """Two and a half buffers of 24 MiB, more queries than a span."""
+    query, database = gaussian(20_000, 128, "cuda", 1), gaussian(120_000, 128, "cpu")
+    streamed(query, database.pin_memory(), 10)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("part", [1, 64, 500])
+def test_self_is_left_out_of_whichever_part_it_is_in(part, parts_of):
+    parts_of(part, 4 * 8)
+    points = gaussian(700 if part > 1 else 30, 8, "cpu")
+    points[1::2] = points[::2]  # everyone has a twin
+    for k in (1, 65, len(points) - 1):
+        if k < len(points):
+            _, index = streamed(points.cuda(), points.pin_memory(), k, exclude_self=True)
+            assert not (index.cpu() == torch.arange(len(points))[:, None]).any()
+
+
+@pytest.mark.cuda
+def test_pinned_slices_and_rows_that_are_not_finite(parts_of):
+    parts_of(200, 4 * 6)
+    memory = torch.empty(1500, 6).pin_memory()
+    memory.copy_(gaussian(1500, 6, "cpu"))
+    memory[300:1000, 2] = float("nan")
+    for rows in (slice(1, None), slice(7, 800), slice(3, 4)):
+        database = memory[rows]
+        assert database.is_pinned()
+        k = min(500, len(database))
+        got = knn(gaussian(20, 6, "cuda", 1), database, k)
+        want = knn(gaussian(20, 6, "cuda", 1), database.cuda(), k)
+        assert torch.equal(got[1], want[1])
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.cuda
+def test_a_pinned_database_in_a_cuda_graph(parts_of):
+    """A replay reads query and host memory anew."""
+    parts_of(300, 4 * 6)
+    query, database = gaussian(40, 6, "cuda", 1), gaussian(3000, 6, "cpu").pin_memory()
+    knn(query, database, 5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = knn(query, database, 5)
+    for seed in (2, 3):
+        query.copy_(gaussian(40, 6, "cuda", seed))
+        database.copy_(gaussian(3000, 6, "cpu", seed + 10))
+        graph.replay()
+        assert_same(got, knn(query, database.cuda(), 5))
+        torch.cuda.synchronize()
+
+
+@pytest.mark.cuda
+def test_a_pinned_database_on_another_stream_and_dropped_at_once(parts_of):
+    """Host memory is not handed out again before it was read, nor buffers before they were used."""
+    parts_of(20_000, 4 * 64)
+    query = gaussian(3000, 64, "cuda", 1)
+    source = gaussian(200_000, 64, "cpu")
+    want = knn(query, source.cuda(), 10)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            database = source.pin_memory()
+            results.append(knn(query, database, 10))
+            del database
+            torch.full_like(source, float("nan")).pin_memory()  # where the rows were, if it may
+            torch.full((50 << 20,), float("nan"), device="cuda")  # the same on the device
+    torch.cuda.synchronize()
+    for got in results:
+        assert_same(got, want)
+
+
+@pytest.mark.cuda
+def test_a_pinned_database_is_not_waited_for():
+    query, database = gaussian(100, 64, "cuda", 1), gaussian(200_000, 64, "cpu").pin_memory()
+    knn(query, database, 10)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = knn(query, database, 10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(got, knn(query, database.cuda(), 10))
+
+
+@pytest.mark.cuda
+def test_a_pinned_database_compiles_with_fullgraph():
+    query, database = gaussian(9, 5, "cuda", 1), gaussian(20, 5, "cpu").pin_memory()
+    opcheck(torch.ops.als_ext.knn.default, (query, database, 3, 0, False, True))
+    for backend in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda q, y: knn(q, y, 3), fullgraph=True, backend=backend)
+        assert_same(compiled(query, database), knn(query, database, 3))
+
+
+@pytest.mark.cuda
+def test_extra_device_memory_of_a_pinned_database_is_bounded():
+    query, database = gaussian(4000, 512, "cuda", 1), gaussian(200_000, 512, "cpu").pin_memory()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    knn(query, database, 10)
+    outputs = 4000 * 10 * 12
+    assert torch.cuda.max_memory_allocated() - before - outputs <= 256 << 20
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y, r"database: expected on 'cuda:0' or in pinned host memory .*got pageable"),
+        (lambda y: y.pin_memory()[:, ::2], r"database: expected contiguous rows.*strides \[8, 2\]"),
+    ],
+)
+def test_host_memory_that_cannot_be_streamed_is_named(change, message):
+    database = change(torch.zeros(20, 8))
+    query = torch.zeros(3, database.shape[1], device="cuda")
+    with pytest.raises(ValueError, match=message):
+        knn(query, database, 2)
+    with pytest.raises(RuntimeError, match=r"database: expected .*host memory"):
+        torch.ops.als_ext.knn(query, database, 2, 0, False, True)
+    with pytest.raises(RuntimeError, match="database: expected the device of the first argument"):
+        torch.ops.als_ext.knn(database, query, 2, 0, False, True)
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """Tensors without data on devices that may not be there; nothing can be run on them."""
+    monkeypatch.setattr(_library, "_cuda", _library._cuda or object())
+    return FakeTensorMode()
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (("cuda:0", "cpu"), r"'cuda:0' or in pinned host memory .*got pageable memory on 'cpu'"),
+        (("cuda:0", "cuda:1"), r"'cuda:0' or in pinned host memory .*got a tensor on 'cuda:1'"),
+        (("cuda:1", "meta"), r"'cuda:1' or in pinned host memory .*got a tensor on 'meta'"),
+        (("cpu", "cuda:0"), r"'cpu', got a tensor on 'cuda:0'"),
+    ],
+)
+def test_devices_that_do_not_fit_are_named(places, message, pretend_cuda):
+    with pretend_cuda:
+        query, database = (torch.empty(5, 3, device=place) for place in places)
+    if places[1] == "cpu":
+        database = torch.zeros(5, 3)
+    with pytest.raises(ValueError, match="database: expected on " + message):
+        knn(query, database, 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_database_on_the_host_is_traced(dynamic, pretend_cuda):
+    """The results are where the query is."""
+    search = partial(knn, k=2)
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with pretend_cuda:
+        query, database = torch.empty(5, 3, device="cuda:0"), torch.empty(9, 3)
+        for distance, index in (search(query, database), compiled(query, database)):
+            assert distance.device == index.device == torch.device("cuda:0")
+            assert distance.shape == index.shape == (5, 2)
 
 
 @pytest.mark.slow

@@ -49,7 +49,9 @@ def knn(
 
     Args:
         query: [Q, D] float32, bfloat16, float16 or float64; D >= 1.
-        database: [M, D], dtype and device of ``query``.
+        database: [M, D], dtype of ``query``; on its device or, where that is CUDA, in pinned host
+            memory (``tensor.pin_memory()``), contiguous: then it may be larger than the device's
+            memory. It is copied in parts, each while the one before is searched.
         k: neighbours per query, 1 <= k <= M (M - 1 with ``exclude_self``); k <= 2048 on CUDA.
         metric: "l2" (squared Euclidean), "cosine" or "ip".
         exclude_self: row i of the query never gets row i of the database (by index, not by
@@ -72,6 +74,9 @@ def knn(
         No gradient. Works in ``torch.compile`` with fullgraph and in CUDA graphs. Deterministic to
         the bit, on any number of threads. No Q x M matrix: at most 256 MB beyond inputs and
         outputs for D <= 100,000 (and a copy of an input that is not contiguous).
+        A database in pinned memory is read after the call has returned, as by a copy with
+        ``non_blocking=True``, and by each replay of a CUDA graph: change it only when the device
+        is done. The exact result is that of a database on the device, to the bit.
 
     Example:
         >>> import torch
@@ -82,9 +87,8 @@ def knn(
         ([2, 3], [1.0, 1.0])
     """
     check_tensor("query", query, shape=("Q", "D"), dtypes=DTYPES)
-    check_tensor(
-        "database", database, shape=("M", query.shape[1]), dtypes=[query.dtype], like=query
-    )
+    check_tensor("database", database, shape=("M", query.shape[1]), dtypes=[query.dtype])
+    _check_place(query, database)
     if query.shape[1] == 0:
         raise ValueError(f"query: expected at least one column, got shape {list(query.shape)}")
     rows = database.shape[0]
@@ -103,8 +107,8 @@ def knn(
     check_choice("precision", precision, PRECISIONS)
     if values_readable(query):
         _check_finite("query", query)
-    if values_readable(database) and database is not query:
-        _check_finite("database", database)
+        if values_readable(database) and database is not query:
+            _check_finite("database", database)
     distance, index = torch.ops.als_ext.knn.default(
         query.detach(),
         database.detach(),
@@ -114,6 +118,24 @@ def knn(
         precision == "exact",
     )
     return distance, index
+
+
+def _check_place(query: Tensor, database: Tensor) -> None:
+    # Whether memory is pinned can be asked of a plain tensor alone; the operator asks again.
+    if database.device == query.device:
+        return
+    streamed = query.is_cuda and database.is_cpu
+    if not streamed or (values_readable(database) and not database.is_pinned()):
+        pinned = " or in pinned host memory (tensor.pin_memory())" if query.is_cuda else ""
+        raise ValueError(
+            f"database: expected on '{query.device}'{pinned}, "
+            f"got {'pageable memory' if streamed else 'a tensor'} on '{database.device}'"
+        )
+    if not database.is_contiguous():
+        raise ValueError(
+            "database: expected contiguous rows in pinned host memory, "
+            f"got strides {list(database.stride())}"
+        )
 
 
 def _check_finite(name: str, value: Tensor) -> None:

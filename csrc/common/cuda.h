@@ -1,4 +1,5 @@
-// Host-side helpers of the *_cuda.cu files: current stream, device guard, launch check.
+// Host-side helpers of the *_cuda.cu files: current stream, device guard, launch check, events, a
+// stream beside the current one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -74,6 +75,65 @@ class ClusterLaunch {
  private:
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
+};
+
+// Makes a stream current for a scope: operations of torch go to it.
+class CudaStreamScope {
+ public:
+  CudaStreamScope(cudaStream_t stream, int32_t device) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_stream_guard(stream, device, &guard_));
+  }
+  ~CudaStreamScope() { static_cast<void>(aoti_torch_delete_cuda_stream_guard(guard_)); }
+  CudaStreamScope(const CudaStreamScope&) = delete;
+  CudaStreamScope& operator=(const CudaStreamScope&) = delete;
+
+ private:
+  CUDAStreamGuardHandle guard_ = nullptr;
+};
+
+// A point of one stream that others wait for, on the current device. It may be destroyed before
+// the device gets there.
+class CudaEvent {
+ public:
+  CudaEvent() { STD_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~CudaEvent() { static_cast<void>(cudaEventDestroy(event_)); }
+  CudaEvent(const CudaEvent&) = delete;
+  CudaEvent& operator=(const CudaEvent&) = delete;
+
+  void record(cudaStream_t stream) const { STD_CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  void block(cudaStream_t stream) const { STD_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// A stream of torch's pool beside `main`, for a scope. Its work begins after what `main` was given
+// before the scope, and what `main` is given after the scope comes after it, an error in between or
+// not. So both may use memory that was allocated for `main` before the scope and is freed after it,
+// and a CUDA graph that captures one captures the other.
+class CudaSideStream {
+ public:
+  CudaSideStream(cudaStream_t main, int32_t device) : main_(main) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_get_cuda_stream_from_pool(false, device, &stream));
+    side_ = static_cast<cudaStream_t>(stream);
+    join_.record(main_);
+    join_.block(side_);
+  }
+  ~CudaSideStream() {
+    try {
+      join_.record(side_);
+      join_.block(main_);
+    } catch (...) {  // the device is lost: whoever uses it next is told
+    }
+  }
+  CudaSideStream(const CudaSideStream&) = delete;
+  CudaSideStream& operator=(const CudaSideStream&) = delete;
+  cudaStream_t get() const { return side_; }
+
+ private:
+  cudaStream_t main_, side_ = nullptr;
+  CudaEvent join_;
 };
 
 #define ALS_LAUNCH_CHECK() STD_CUDA_KERNEL_LAUNCH_CHECK()

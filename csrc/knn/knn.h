@@ -23,7 +23,9 @@ inline void check_knn(const Tensor& query, const Tensor& database, int64_t k, in
             torch::headeronly::toString(query.scalar_type()));
   check_dim(database, 2, "database");
   check_dtype(database, query.scalar_type(), "database");
-  check_same_device(database, query, "database");
+  if (!(query.is_cuda() && database.is_cpu())) {  // which the CUDA operator takes in pinned memory
+    check_same_device(database, query, "database");
+  }
   check_size(database, 1, query.size(1), "database");
   ALS_CHECK(query.size(1) >= 1, "query: expected at least one column, got ", query.size(1));
   if (exclude_self) check_size(query, 0, database.size(0), "query");

@@ -9,6 +9,9 @@
 //   5. queries for which those are too many: float32 scores              knn_rescore.cuh
 //   6. as 4, for them
 //
+// A database may come in parts: then all of it for each part, and 4 and 6 go on with the lists that
+// the parts in front left.
+//
 // A group is left out only when the bound proves that k other rows come first, so the result is
 // exact. Where no bound can help (all-zero query under cosine, fewer groups than k, overflow) every
 // group is taken. All of it is decided on the device: the host launches the same kernels always.

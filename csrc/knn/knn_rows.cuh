@@ -36,6 +36,7 @@ struct KnnRows {
   const T* data;  // [rows, dim]
   int64_t rows, dim;
   KnnMetric metric;
+  int64_t first = 0;  // number of row 0, where these are a part of all rows
 
   __device__ double at(int64_t row, int64_t j) const { return widen(data[row * dim + j]); }
   static __device__ double widen(float x) { return x; }

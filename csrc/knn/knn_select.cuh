@@ -23,8 +23,8 @@ struct KnnSelectParams {
   int64_t budget;       // groups that may be measured after bf16 scores
   bool rescored;        // false: all queries, by their bf16 scores, and those beyond the budget go
   KnnListed listed;     // on this list; true: the listed ones, by the float32 scores they have now
-  float* distance;      // [Q, k]
-  int64_t* index;       // [Q, k]
+  float* distance;      // [Q, k]; as it is given: of the rows in front of database.first
+  int64_t* index;       // [Q, k]; the same
 };
 
 // The k-th largest of the keys key(0..n-1), exactly, by four rounds over 8 bits of it. All threads
@@ -107,16 +107,27 @@ __device__ void select_query(const KnnSelectParams<T>& p, int64_t at) {
            p.square_error * (0.5 * norm * norm + offset);
   };
 
+  // A part of the database goes on with what the parts in front of it left: min(k, rows) entries.
+  const int64_t before = p.database.first - (p.exclude_self && q < p.database.first);
+  const auto known = static_cast<int>(before < p.k ? before : p.k);
+  for (int j = threadIdx.x; j < known; j += kKnnThreads) {
+    keys[j] = distance_key(p.distance[q * p.k + j]);
+    rows[j] = p.index[q * p.k + j];
+  }
+  double reach = -INFINITY;
+  if (known == p.k && query.usable) {
+    reach = query.relation.lowest_score(p.distance[q * p.k + p.k - 1]);
+  }
+
   // Each of the `needed` best groups holds a row at least that good; with exclude_self one of those
   // rows may be the query's own.
   const int64_t needed = p.k + (p.exclude_self ? 1 : 0);
-  double reach = -INFINITY;
   if (query.usable && needed <= p.groups) {  // the same in all threads
     const uint32_t key = kth_largest_key(
         p.groups, needed,
         [&](int64_t g) { return distance_key(__double2float_rd(group_max[g] - error(g))); },
         histogram, state);
-    reach = query.relation.lowest_score(query.relation.distance_of(key_distance(key)));
+    reach = fmax(reach, query.relation.lowest_score(query.relation.distance_of(key_distance(key))));
     if (!p.rescored) {
       if (threadIdx.x == 0) passing = 0;
       __syncthreads();
@@ -133,8 +144,11 @@ __device__ void select_query(const KnnSelectParams<T>& p, int64_t at) {
     }
   }
   if (threadIdx.x == 0) {
-    count = 0;
-    full = false;
+    count = known;
+    full = known == p.k;
+    if (full) {
+      last = {distance_key(p.distance[q * p.k + p.k - 1]), p.index[q * p.k + p.k - 1]};
+    }
     lower = reach;
   }
   double square;
@@ -183,7 +197,8 @@ __device__ void select_query(const KnnSelectParams<T>& p, int64_t at) {
       const int i = first + threadIdx.x / kKnnLanes;
       const bool listed_row = i < total * kKnnGroup;
       const int64_t row = listed_row ? listed[i / kKnnGroup] * kKnnGroup + i % kKnnGroup : 0;
-      const bool exists = listed_row && row < p.database.rows && !(p.exclude_self && row == q);
+      const bool exists =
+          listed_row && row < p.database.rows && !(p.exclude_self && row + p.database.first == q);
       const int64_t safe = exists ? row : 0;  // all lanes take part in the shuffles
       double sum = 0.0;
       float d;
@@ -205,7 +220,7 @@ __device__ void select_query(const KnnSelectParams<T>& p, int64_t at) {
           d = 1.0f;
         }
       }
-      const Neighbour found{distance_key(d), row};
+      const Neighbour found{distance_key(d), row + p.database.first};
       if (lane == 0 && exists && (!full || found < last)) {
         const int place = atomicAdd(&count, 1);
         keys[place] = found.key;
@@ -216,8 +231,8 @@ __device__ void select_query(const KnnSelectParams<T>& p, int64_t at) {
   }
 
   cut();
-  // k entries exist: k <= rows available, and a group is left out only when k others are in.
-  for (int64_t j = threadIdx.x; j < p.k; j += kKnnThreads) {
+  // k entries exist, or as many as rows up to here: a group is left out only when k others are in.
+  for (int j = threadIdx.x; j < count; j += kKnnThreads) {
     p.distance[q * p.k + j] = key_distance(keys[j]);
     p.index[q * p.k + j] = rows[j];
   }

@@ -139,6 +139,7 @@ struct Plan {
   int run = 2;          // database tiles of a scoring block
   int64_t budget = -1;  // -1: knn_budget
   bool exact = true;
+  int64_t part = 0;  // database rows that are searched at a time, 0: all
 };
 
 constexpr int64_t kNever = 1 << 30;  // a budget: bf16 scores serve every query
@@ -243,12 +244,13 @@ struct Scores {
   Memory<als::KnnBf16Error> errors;
 };
 
-// The launches of knn_cuda.cu; the queries are served in two spans.
+// The launches of knn_cuda_search.h for the rows `y` of the database, into distance and index; the
+// queries are served in two spans. Gives the number of those that were scored again.
 template <typename T>
-Found search(const Problem<T>& p, const Plan& plan) {
+int64_t search(const Problem<T>& p, const Plan& plan, const als::KnnRows<T>& y, float* distance,
+               int64_t* index) {
   using namespace als;
   const KnnRows<T> x{p.query.data(), p.queries, p.dim, p.metric};
-  const KnnRows<T> y{p.database.data(), p.rows, p.dim, p.metric};
   Frame<T> frame(y);
   const int64_t span = (p.queries + 1) / 2;
   Scores<T> scores(y, span, plan.chunk);
@@ -262,9 +264,7 @@ Found search(const Problem<T>& p, const Plan& plan) {
   int capacity = 64;  // smaller than in knn_cuda.cu: the list is cut more often
   while (capacity < 2 * p.k) capacity *= 2;
   const int shared = capacity * 12;
-  std::vector<float> distance(p.queries * p.k);
-  std::vector<int64_t> index(p.queries * p.k);
-  Found found{{}, 0};
+  int64_t rescored = 0;
   for (int64_t first = 0; first < p.queries; first += span) {
     const int64_t count = std::min(span, p.queries - first);
     listed_count = 0;
@@ -288,11 +288,11 @@ Found search(const Problem<T>& p, const Plan& plan) {
                               plan.budget < 0 ? knn_budget(p.k, scores.groups) : plan.budget,
                               false,
                               listed,
-                              distance.data(),
-                              index.data()};
+                              distance,
+                              index};
     emulated::launch(
         static_cast<unsigned>(count), kKnnThreads, [&] { knn_select(select); }, shared);
-    found.rescored += listed_count;
+    rescored += listed_count;
 
     emulated::launch(blocks(count, kKnnTile), kKnnThreads, [&] {
       knn_pack_queries_float(x, first, depth, frame.mean.data(), scores.queries.get(), listed,
@@ -317,6 +317,24 @@ Found search(const Problem<T>& p, const Plan& plan) {
     }
     select.rescored = true;
     emulated::launch(2, kKnnThreads, [&] { knn_select(select); }, shared);
+  }
+  return rescored;
+}
+
+// Part after part of the database, as knn_cuda.cu does.
+template <typename T>
+Found search(const Problem<T>& p, const Plan& plan) {
+  std::vector<float> distance(p.queries * p.k, -kInf);  // would be the nearest of all
+  std::vector<int64_t> index(p.queries * p.k, -1);
+  Found found{{}, 0};
+  const int64_t part = plan.part > 0 ? plan.part : p.rows;
+  for (int64_t first = 0; first < p.rows; first += part) {
+    const int64_t rows = std::min(part, p.rows - first);
+    // On its own, so that AddressSanitizer sees its end.
+    const std::vector<T> data(p.database.begin() + first * p.dim,
+                              p.database.begin() + (first + rows) * p.dim);
+    found.rescored +=
+        search(p, plan, {data.data(), rows, p.dim, p.metric, first}, distance.data(), index.data());
   }
   for (size_t i = 0; i < index.size(); ++i) {
     found.neighbours.push_back({als::distance_key(distance[i]), index[i]});
@@ -609,6 +627,54 @@ TEST_P(KnnKernels, AllRowsEqualGoByIndexAndWithoutSelf) {
   p.exclude_self = true;
   p.k = 2;
   EXPECT_EQ(compare(p, {1, 1}).wrong, 0);
+}
+
+// ---- a database in parts ----
+
+constexpr Plan parts_of(int64_t rows, int64_t budget = -1) { return {2, 2, budget, true, rows}; }
+
+TEST_P(KnnKernels, PartsOfADatabaseContinueTheLists) {
+  int turn = 0;
+  for (int64_t part : {100, 128, 130, 299}) {
+    Problem<float> p = gaussian(3, 300, 7, 9, kMetrics[turn % 3], 5.0);
+    std::copy_n(p.database.begin(), 40 * p.dim, p.database.begin() + 200 * p.dim);  // ties
+    std::fill_n(p.database.begin() + 150 * p.dim, p.dim, 0.0f);
+    for (int64_t row : {0, 4, 180, 299}) p.database[row * p.dim + 2] = row % 2 ? kNan : kInf;
+    EXPECT_EQ(compare(p, parts_of(part, turn % 2 ? 0 : kNever)).wrong, 0) << part;
+    EXPECT_EQ(compare(p, parts_of(part)).wrong, 0) << part;
+    ++turn;
+  }
+}
+
+TEST_P(KnnKernels, PartsWithFewerRowsThanNeighbours) {
+  Problem<float> p = gaussian(3, 290, 3, 130, KnnMetric::kL2);
+  for (int64_t row = 0; row < 290; row += 3) p.database[row * p.dim] = kNan;  // needed at the end
+  EXPECT_EQ(compare(p, parts_of(60)).wrong, 0);
+  p.k = 290;
+  EXPECT_EQ(compare(p, parts_of(130)).wrong, 0);
+}
+
+TEST_P(KnnKernels, PartsLeaveOutTheQueryItself) {
+  Problem<float> p = gaussian(24, 24, 4, 9, KnnMetric::kL2);
+  std::copy_n(p.database.begin(), 12 * p.dim, p.database.begin() + 12 * p.dim);  // twins
+  p.query = p.database;
+  p.exclude_self = true;
+  for (auto [k, part] : {std::pair{1, 8}, {9, 5}, {9, 9}, {9, 10}, {23, 12}, {23, 23}}) {
+    p.k = k;
+    EXPECT_EQ(compare(p, parts_of(part)).wrong, 0) << k << ' ' << part;
+  }
+}
+
+TEST_P(KnnKernels, PartsOfASortedDatabase) {  // every part is nearer than those before, or none is
+  for (bool nearer : {false, true}) {
+    Problem<float> p = gaussian(2, 600, 2, 12, KnnMetric::kL2);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const auto far = static_cast<float>(nearer ? p.rows - row : row);
+      p.database[2 * row] = far, p.database[2 * row + 1] = 0.5f * far;
+    }
+    EXPECT_EQ(compare(p, parts_of(256)).wrong, 0);
+    EXPECT_EQ(compare(p, parts_of(256, 0)).wrong, 0);
+  }
 }
 
 TEST_P(KnnKernels, WithoutTheBoundTightClustersComeOutWrong) {  // so the tests above can fail

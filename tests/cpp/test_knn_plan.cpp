@@ -1,0 +1,117 @@
+// How a search on CUDA is cut up. No kernel runs here.
+#include <gtest/gtest.h>
+
+// clang-format off: the emulation comes before the kernels, whose sizes the plan uses
+#include "emulate_cuda.h"
+#include "emulate_mma.h"
+#include "emulate_wgmma.h"
+#include "common/staging.h"
+#include "knn/knn_cuda_plan.h"
+// clang-format on
+
+namespace {
+
+using als::KnnCudaMemory;
+using als::KnnCudaPlan;
+
+constexpr int64_t kPromise = int64_t{256} << 20;  // docs/ops/knn.md, up to D = 100,000
+constexpr int64_t kDims[] = {1, 2, 8, 17, 64, 128, 129, 768, 4096, 20'000, 100'000};
+constexpr int64_t kCounts[] = {1, 127, 128, 129, 5000, 100'000, 1 << 20, 100'000'000};
+constexpr int64_t kElements[] = {2, 4, 8};
+
+int64_t workspace(int64_t queries, int64_t part, int64_t dim) {
+  return KnnCudaMemory::of(KnnCudaPlan::of(queries, part, dim), 0).bytes;
+}
+
+TEST(KnnCudaPlan, MemoryIsWithinThePromise) {
+  int64_t most = 0;
+  for (int64_t dim : kDims) {
+    for (int64_t queries : kCounts) {
+      for (int64_t rows : kCounts) {
+        const int64_t resident = KnnCudaPlan::resident_rows(rows);
+        if (resident * dim * 2 < int64_t{200} << 30) {  // exists on a device
+          most = std::max(most, workspace(queries, resident, dim));
+        }
+        for (int64_t element : kElements) {
+          const int64_t row = dim * element;
+          const int64_t part = KnnCudaPlan::part_rows(rows, dim, row, als::kStagingBytes);
+          const int64_t bytes = workspace(queries, part, dim) + 2 * part * row;
+          ASSERT_LE(bytes, kPromise) << queries << " x " << rows << ", D = " << dim;
+          most = std::max(most, bytes);
+        }
+      }
+    }
+  }
+  EXPECT_LE(most, kPromise);
+  EXPECT_GE(most, kPromise / 2);  // and it is made use of
+}
+
+TEST(KnnCudaPlan, PartsFillTheirBuffersAndArePackedOnce) {
+  for (int64_t dim : kDims) {
+    for (int64_t element : kElements) {
+      const int64_t row = dim * element, rows = 100'000'000;
+      const int64_t part = KnnCudaPlan::part_rows(rows, dim, row, als::kStagingBytes);
+      EXPECT_LE(part * row, als::kStagingBytes);
+      const KnnCudaPlan plan = KnnCudaPlan::of(1000, part, dim);
+      EXPECT_EQ(plan.groups, plan.chunk * als::kKnnTileGroups) << dim;  // all tiles are a chunk
+      EXPECT_TRUE(part < als::kKnnTile || part % als::kKnnTile == 0) << part;
+      const bool fills = 4 * part * row >= 3 * als::kStagingBytes;
+      EXPECT_TRUE(fills || plan.chunk > 1) << dim;
+      EXPECT_TRUE(fills || (part + als::kKnnTile) * (plan.tile_bytes + 4 * plan.float_tile()) >
+                               KnnCudaPlan::kChunkBytes * als::kKnnTile)
+          << dim;
+    }
+  }
+}
+
+TEST(KnnCudaPlan, APartHasAtLeastOneRowAndNoMoreThanThereAre) {
+  EXPECT_EQ(KnnCudaPlan::part_rows(7, 3, 12, als::kStagingBytes), 7);
+  EXPECT_EQ(KnnCudaPlan::part_rows(7, 3, 12, 1), 1);
+  EXPECT_EQ(KnnCudaPlan::part_rows(500, 3, 12, 12 * 100), 100);
+  EXPECT_EQ(KnnCudaPlan::part_rows(500, 3, 12, 12 * 300), 256);
+  EXPECT_EQ(KnnCudaPlan::part_rows(500, 10'000'000, 40'000'000, als::kStagingBytes), 1);
+}
+
+TEST(KnnCudaPlan, ALaterSmallerPartFitsTheMemoryOfTheFirst) {
+  for (int64_t rows : {1, 100, 128, 1000, 49'152}) {
+    const KnnCudaPlan large = KnnCudaPlan::of(1000, 49'152, 128);
+    const KnnCudaPlan small = KnnCudaPlan::of(1000, rows, 128);
+    EXPECT_LE(small.groups, large.groups);
+    EXPECT_LE(small.chunk, large.chunk);
+    EXPECT_LE(small.sums, large.sums);
+  }
+}
+
+TEST(KnnCudaMemory, PlacesAreAlignedAndApart) {
+  const KnnCudaPlan plan = KnnCudaPlan::of(300, 1000, 33);
+  const KnnCudaMemory m = KnnCudaMemory::of(plan, 4096);
+  const int64_t query_tiles = als::knn_ceil_div(plan.span, als::kKnnTile);
+  const std::vector<std::pair<void*, int64_t>> places = {
+      {m.sums, plan.sums * plan.dim * 8},
+      {m.mean, plan.dim * 8},
+      {m.extent, sizeof *m.extent},
+      {m.query, query_tiles * plan.tile_bytes},
+      {m.queries, plan.span * static_cast<int64_t>(sizeof *m.queries)},
+      {m.errors, plan.span * static_cast<int64_t>(sizeof *m.errors)},
+      {m.group_max, plan.span * plan.groups * 4},
+      {m.database, plan.chunk * plan.tile_bytes},
+      {m.half_norm, plan.chunk * 128 * 4},
+      {m.group_norm, plan.groups * 4},
+      {m.group_residual, plan.groups * 4},
+      {m.float_query, query_tiles * 128 * plan.depth * 4},
+      {m.float_database, plan.chunk * 128 * plan.depth * 4},
+      {m.float_half_norm, plan.chunk * 128 * 4},
+      {m.listed.query, plan.span * 4},
+      {m.listed.count, 4}};
+  uintptr_t end = 4096;
+  for (const auto& [place, bytes] : places) {
+    const auto at = reinterpret_cast<uintptr_t>(place);
+    EXPECT_EQ(at % KnnCudaMemory::kAlign, 0u);
+    EXPECT_GE(at, end);
+    end = at + bytes;
+  }
+  EXPECT_LE(end, static_cast<uintptr_t>(4096 + m.bytes));
+  EXPECT_EQ(m.bytes, KnnCudaMemory::of(plan, 0).bytes);
+}
+
+}  // namespace
