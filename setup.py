@@ -75,7 +75,8 @@ class Build(BuildExtension):
 
     def build_extensions(self):
         written = Path(self.build_temp).resolve() / "als_sources.h"
-        text = f'#define ALS_SOURCES "{run_path(str(ROOT / "csrc" / "digest.py"))["digest"](ROOT)}"\n'
+        digest = run_path(str(ROOT / "csrc" / "digest.py"))["digest"](ROOT)
+        text = f'#define ALS_SOURCES "{digest}"\n'
         if not written.exists() or written.read_text() != text:
             written.parent.mkdir(parents=True, exist_ok=True)
             written.write_text(text)
