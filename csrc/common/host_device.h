@@ -10,8 +10,11 @@
 
 // For kernels, which the C++ tests also run on the CPU, with dynamic shared memory of their own.
 #ifdef __CUDACC__
+#define ALS_PRAGMA(text) _Pragma(#text)
 #define ALS_UNROLL _Pragma("unroll")
+#define ALS_UNROLL_BY(n) ALS_PRAGMA(unroll n)
 #define ALS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]  // bytes
 #else
 #define ALS_UNROLL
+#define ALS_UNROLL_BY(n)
 #endif

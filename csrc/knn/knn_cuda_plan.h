@@ -33,7 +33,7 @@ struct KnnCudaPlan {
     p.groups = tiles * kKnnTileGroups;
     p.chunk = std::clamp<int64_t>(kChunkBytes / (p.tile_bytes + 4 * p.float_tile()), 1, tiles);
     const int64_t query_bytes = 4 * p.groups + 4 * p.depth + p.tile_bytes / kKnnTile +
-                                static_cast<int64_t>(sizeof(KnnQuery) + sizeof(KnnBf16Error) + 4);
+                                static_cast<int64_t>(sizeof(KnnQuery) + sizeof(KnnBound) + 4);
     p.span = std::clamp<int64_t>(kSpanBytes / query_bytes, 1, queries);
     if (p.span > kKnnTile) p.span = p.span / kKnnTile * kKnnTile;
     return p;
@@ -60,7 +60,7 @@ struct KnnCudaMemory {
   KnnExtent* extent;        // one
   unsigned char* query;     // [query tiles][slabs]
   KnnQuery* queries;        // [span]
-  KnnBf16Error* errors;     // [span]
+  KnnBound* bounds;         // [span]
   float* group_max;         // [span][groups]
   unsigned char* database;  // [chunk][slabs]
   float* half_norm;         // [chunk][128]
@@ -88,7 +88,7 @@ struct KnnCudaMemory {
     take(m.extent, 1);
     take(m.query, query_tiles * plan.tile_bytes);
     take(m.queries, plan.span);
-    take(m.errors, plan.span);
+    take(m.bounds, plan.span);
     take(m.group_max, plan.span * plan.groups);
     take(m.database, plan.chunk * plan.tile_bytes);
     take(m.half_norm, plan.chunk * kKnnTile);

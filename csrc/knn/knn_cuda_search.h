@@ -23,13 +23,21 @@ inline int knn_hopper_blocks() {
   return blocks;
 }
 
+template <int kThreads, typename T>
+void launch_select(const KnnSelectParams<T>& params, int64_t queries, cudaStream_t stream) {
+  constexpr int kMost = 2 * kKnnMaxK * kKnnEntryBytes;  // the same value in every thread
+  const auto select = knn_select<T, kThreads>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(select, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost));
+  select<<<static_cast<unsigned>(queries), kThreads, params.sizes.bytes(), stream>>>(params);
+  ALS_LAUNCH_CHECK();
+}
+
 // For queries `x`, into distance and index [Q, k].
 template <typename T>
 struct KnnCudaSearch {
   static constexpr int64_t kMostBlocks = 1024;    // where blocks take their work in turn
   static constexpr int64_t kFewestBlocks = 2048;  // of scoring, before runs of tiles get long
   static constexpr int64_t kLongestRun = 32;      // database tiles of a block
-  static constexpr int kEntryBytes = sizeof(int64_t) + sizeof(uint32_t);  // of a list
 
   KnnRows<T> x;
   int64_t k;
@@ -42,7 +50,8 @@ struct KnnCudaSearch {
   int hopper_blocks = knn_hopper_blocks();
 
   void run(const KnnRows<T>& y) const {
-    allow_shared_memory();
+    STD_CUDA_CHECK(cudaFuncSetAttribute(knn_score, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        kKnnScoreShared));
     find_frame(y);
     for (int64_t first = 0; first < x.rows; first += plan.span) {
       const int64_t count = std::min(plan.span, x.rows - first);
@@ -58,22 +67,6 @@ struct KnnCudaSearch {
  private:
   static unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
   static int64_t tiles_of(const KnnRows<T>& y) { return knn_ceil_div(y.rows, kKnnTile); }
-
-  int capacity() const {  // entries of a list
-    int entries = 256;
-    while (entries < 2 * k) entries *= 2;
-    return entries;
-  }
-
-  void allow_shared_memory() const {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(knn_score, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        kKnnScoreShared));
-    if (capacity() * kEntryBytes > 40 * 1024) {  // beyond the default limit, less the static part
-      constexpr int kMost = 2 * kKnnMaxK * kEntryBytes;  // the same value in every thread
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(knn_select<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost));
-    }
-  }
 
   // Mean and extent of the database.
   void find_frame(const KnnRows<T>& y) const {
@@ -96,7 +89,7 @@ struct KnnCudaSearch {
     const int64_t tiles = tiles_of(y), count_tiles = knn_ceil_div(count, kKnnTile);
     knn_pack_queries<<<grid(count_tiles), kKnnThreads, 0, stream>>>(
         x, first, count, memory.mean, memory.extent, exact, memory.query, memory.queries,
-        memory.errors);
+        memory.bounds);
     ALS_LAUNCH_CHECK();
     for (int64_t tile = 0; tile < tiles; tile += plan.chunk) {
       const int64_t here = std::min(plan.chunk, tiles - tile);
@@ -157,30 +150,24 @@ struct KnnCudaSearch {
 
   void select(const KnnRows<T>& y, int64_t first, int64_t count, bool rescored) const {
     const int64_t groups = tiles_of(y) * kKnnTileGroups;
-    const bool square = exact && y.metric != KnnMetric::kIp;
     const KnnSelectParams<T> params{x,
                                     y,
                                     first,
-                                    count,
-                                    groups,
                                     k,
                                     exclude_self,
-                                    capacity(),
+                                    KnnGrouping{groups, kKnnGroupBits, 0},
+                                    KnnSelectSizes::of(k, kKnnSelectThreads),
                                     memory.group_max,
                                     memory.group_norm,
                                     memory.group_residual,
                                     memory.queries,
-                                    memory.errors,
-                                    memory.extent,
-                                    square ? score_error(y.dim).square : 0.0,
+                                    memory.bounds,
                                     knn_budget(k, groups),
                                     rescored,
                                     memory.listed,
                                     distance,
                                     index};
-    const int64_t blocks = rescored ? std::min(count, kMostBlocks) : count;
-    knn_select<<<grid(blocks), kKnnThreads, capacity() * kEntryBytes, stream>>>(params);
-    ALS_LAUNCH_CHECK();
+    launch_select<kKnnSelectThreads>(params, count, stream);
   }
 };
 

@@ -172,11 +172,15 @@ struct KnnRelation {
   // at least this. Rounding to float32 is monotone, so only its half unit in the last place is
   // given back: relative 2^-24, and the whole subnormal range where the processor flushes it.
   ALS_HOST_DEVICE double lowest_score(double upper) const {
-    if (!(fabs(upper) < 3.4e38)) return -INFINITY;  // rounds to infinity: everything ties
+    if (!(fabs(upper) < 3e38)) return -INFINITY;  // may round to infinity, where everything ties
     const double reach = upper + 4.0 * kFloatUnit * fabs(upper) + 1.2e-38;
     return (alpha - reach) / beta - 2.0 * slack;
   }
   ALS_HOST_DEVICE double distance_of(double score) const { return alpha - beta * score; }
+  // The true distance of a row of at least this true score is at most this.
+  ALS_HOST_DEVICE double farthest(double score) const {
+    return distance_of(score) + 2.0 * slack * beta;
+  }
   // The score of a row whose float32 distance is `d`, and how far the true score may be from it.
   ALS_HOST_DEVICE double score_of(float d) const { return (alpha - d) / beta; }
   ALS_HOST_DEVICE double error_of_score(float d) const {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/mma.cuh"
-#include "knn/knn_rows.cuh"
+#include "knn/knn_measure.cuh"
 
 namespace als {
 
@@ -134,7 +134,7 @@ template <typename T>
 __global__ void __launch_bounds__(kKnnThreads)
     knn_pack_queries(KnnRows<T> x, int64_t first_row, int64_t count, const double* mean,
                      const KnnExtent* extent, bool exact, unsigned char* tiles, KnnQuery* queries,
-                     KnnBf16Error* errors) {
+                     KnnBound* bounds) {
   const KnnFrame frame = frame_of(*extent);
   const KnnError float_error = exact ? score_error(x.dim) : KnnError{0.0, 0.0};
   const bool ip = x.metric == KnnMetric::kIp;
@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kKnnThreads)
       return ip ? v : v - mean[j];
     };
     double square = 0.0, largest = 0.0, product = 0.0;
+    ALS_UNROLL_BY(2)  // by four, registers do not suffice
     for (int64_t j = lane; j < x.dim; j += kKnnLanes) {
       const double c = centred(j);
       square += c * c;
@@ -170,9 +171,11 @@ __global__ void __launch_bounds__(kKnnThreads)
     if (exists && lane == 0) {
       queries[at] = query;
       const int64_t products = exact ? knn_slabs(x.dim) * kKnnFeatures : 0;
-      errors[at] = usable ? tensor_error(products, query.scale * sqrt(square), sqrt(lengths.packed),
-                                         sqrt(lengths.residual))
-                          : KnnBf16Error{0.0, 0.0};
+      const KnnBf16Error error = usable ? tensor_error(products, query.scale * sqrt(square),
+                                                       sqrt(lengths.packed), sqrt(lengths.residual))
+                                        : KnnBf16Error{0.0, 0.0};
+      bounds[at] = KnnBound::of_packed(error.radius, error.spread, ip ? 0.0 : float_error.square,
+                                       frame.has_zeros ? frame.zero_offset() : 0.0);
     }
   }
 }

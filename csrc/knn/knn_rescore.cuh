@@ -21,7 +21,9 @@ struct KnnListed {
 // Groups that a query may measure after bf16 scores: the k best and as many again, and 1/64 of all.
 // Beyond, a float32 pass over the database costs less than what it spares (estimated, not
 // measured).
-ALS_HOST_DEVICE int64_t knn_budget(int64_t k, int64_t groups) { return 2 * k + 2 + groups / 64; }
+inline int knn_budget(int64_t k, int64_t groups) {
+  return static_cast<int>(2 * k + 2 + groups / 64);
+}
 
 // What: a tile of the database in float32 and its h.
 // Grid: one block a tile; thread = (row of the tile, half of the features).

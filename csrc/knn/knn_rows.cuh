@@ -15,8 +15,9 @@
 namespace als {
 
 constexpr int kKnnThreads = 256;
-constexpr int kKnnTile = 128;                           // rows of a packed tile
-constexpr int kKnnGroup = 16;                           // rows behind one stored score
+constexpr int kKnnTile = 128;  // rows of a packed tile
+constexpr int kKnnGroupBits = 4;
+constexpr int kKnnGroup = 1 << kKnnGroupBits;           // rows behind one stored score
 constexpr int kKnnTileGroups = kKnnTile / kKnnGroup;    // 8
 constexpr int kKnnSubgroups = kKnnThreads / kKnnLanes;  // rows measured at a time
 constexpr int64_t kKnnMaxK = 2048;                      // list of 4096 x 12 bytes: 48 KiB
@@ -45,6 +46,18 @@ struct KnnRows {
   static __device__ double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 };
 
+// Which rows a group has: 2^row_bits of them, 2^stride_bits apart. They begin at consecutive rows
+// until the gaps are full.
+struct KnnGrouping {
+  int64_t count;  // of groups, a multiple of 4, below 2^31: more than 3e10 rows
+  int row_bits, stride_bits;
+
+  __device__ int64_t row(int64_t group, int64_t i) const {
+    const int64_t first = group >> stride_bits << (stride_bits + row_bits);
+    return first + (group & ((int64_t{1} << stride_bits) - 1)) + (i << stride_bits);
+  }
+};
+
 // Eight neighbouring threads hold the lanes of knn_math.h; the shuffles add them in its order.
 __device__ __forceinline__ double add_lanes(double v) {
   v = unfused_add(v, __shfl_xor_sync(0xFFFFFFFFu, v, 4));
@@ -54,9 +67,11 @@ __device__ __forceinline__ double add_lanes(double v) {
 
 template <typename T>
 __device__ double sum_of_squares(const KnnRows<T>& y, int64_t row, int lane) {
+  const T* const data = y.data + row * y.dim;
   double sum = 0.0;
+  ALS_UNROLL_BY(4)
   for (int64_t j = lane; j < y.dim; j += kKnnLanes) {
-    const double v = y.at(row, j);
+    const double v = KnnRows<T>::widen(data[j]);
     sum = unfused_add(sum, unfused_mul(v, v));
   }
   return add_lanes(sum);

@@ -187,6 +187,12 @@ T __shfl_sync(unsigned, T value, int lane) {
   return emulated::exchange(value)[lane];
 }
 
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned step) {
+  const unsigned lane = threadIdx.x % 32;
+  return emulated::exchange(value)[lane + step < 32 ? lane + step : lane];
+}
+
 inline void __syncwarp() { emulated::exchange(0); }
 
 inline void atomicMin(unsigned long long* address, unsigned long long value) {
@@ -241,6 +247,24 @@ inline float __double2float_rd(double x) {
 }
 
 inline float __double2float_ru(double x) { return -__double2float_rd(-x); }
+
+// a b + c towards +infinity. The product of two float32 numbers is exact in float64, and what its
+// sum with c loses is known exactly too (Knuth's two-sum).
+inline float __fmaf_ru(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b, sum = product + c;
+  const double other = sum - product;
+  const double lost = (product - (sum - other)) + (c - other);
+  const auto nearest = static_cast<float>(sum);
+  return nearest < sum || (nearest == sum && lost > 0.0) ? std::nextafter(nearest, INFINITY)
+                                                         : nearest;
+}
+
+inline float __fadd_ru(float a, float b) { return __fmaf_ru(1.0f, a, b); }
+inline float __fadd_rd(float a, float b) { return -__fadd_ru(-a, -b); }
+inline float __fsqrt_ru(float x) {
+  const float nearest = std::sqrt(x);
+  return static_cast<double>(nearest) * nearest < x ? std::nextafter(nearest, INFINITY) : nearest;
+}
 
 namespace emulated {
 

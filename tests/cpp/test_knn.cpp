@@ -9,18 +9,16 @@
 #include "emulate_mma.h"
 #include "emulate_wgmma.h"
 #include "knn/knn_kernels.cuh"
+#include "knn_problem.h"
 // clang-format on
 
 namespace {
 
+using namespace knn_problem;
+
 using als::KnnError;
 using als::KnnFrame;
-using als::KnnMetric;
 using als::KnnQuery;
-using als::Neighbour;
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 TEST(DistanceKey, OrdersLikeTheNumbersWithNanLast) {
   const float ascending[] = {-kInf, -3.0f, -1e-45f, 0.0f, 1e-45f, 2.0f, 3e38f, kInf, kNan};
@@ -55,15 +53,6 @@ TEST(UnitScale, IsAPowerOfTwoThatBringsTheSizeBelowOne) {
     EXPECT_EQ(std::frexp(als::unit_scale(size), &exponent), 0.5);
   }
   EXPECT_EQ(als::unit_scale(0.0), 1.0);
-}
-
-// ---- the order of the sums ----
-
-template <typename Term>
-double lane_sum(int64_t dim, const Term& term) {
-  double lane[als::kKnnLanes] = {};
-  for (int64_t j = 0; j < dim; ++j) lane[j % als::kKnnLanes] += term(j);
-  return als::combine_lanes(lane);
 }
 
 // ---- the bound ----
@@ -123,49 +112,22 @@ TEST(MakeQuery, IsNotUsableWhereNoScoreExists) {
 
 // ---- the device code on the CPU ----
 
-template <typename T>
-struct Problem {
-  int64_t queries, rows, dim, k;
-  KnnMetric metric;
-  bool exclude_self;
-  std::vector<T> query, database;
-};
-
 bool hopper = false;  // which of the two scoring kernels; set by the tests below
 
 // How the host would launch it.
 struct Plan {
-  int64_t chunk = 2;    // database tiles packed at a time
-  int run = 2;          // database tiles of a scoring block
-  int64_t budget = -1;  // -1: knn_budget
+  int64_t chunk = 2;  // database tiles packed at a time
+  int run = 2;        // database tiles of a scoring block
+  int budget = -1;    // -1: knn_budget
   bool exact = true;
   int64_t part = 0;  // database rows that are searched at a time, 0: all
 };
 
-constexpr int64_t kNever = 1 << 30;  // a budget: bf16 scores serve every query
+constexpr int kNever = 1 << 30;  // a budget: bf16 scores serve every query
 
 struct Found {
   std::vector<Neighbour> neighbours;
   int64_t rescored;  // queries
-};
-
-int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
-unsigned blocks(int64_t n, int64_t size) { return static_cast<unsigned>(ceil_div(n, size)); }
-
-// As aligned as device memory. Starts as NaNs: what is read must have been written.
-template <typename V>
-class Memory {
- public:
-  explicit Memory(int64_t size) : pieces_((size * sizeof(V) + 127) / 128) {
-    std::memset(static_cast<void*>(pieces_.data()), 0xFF, pieces_.size() * sizeof(Piece));
-  }
-  V* get() { return reinterpret_cast<V*>(pieces_.data()); }
-
- private:
-  struct alignas(128) Piece {
-    unsigned char bytes[128];
-  };
-  std::vector<Piece> pieces_;
 };
 
 // Mean and extent of the database.
@@ -199,14 +161,14 @@ struct Scores {
         group_norm(groups),
         group_residual(groups),
         queries(span),
-        errors(span) {}
+        bounds(span) {}
 
   void run(const als::KnnRows<T>& x, int64_t first, int64_t count, Frame<T>& frame,
            const Plan& plan) {
     using namespace als;
     emulated::launch(blocks(count, kKnnTile), kKnnThreads, [&] {
       knn_pack_queries(x, first, count, frame.mean.data(), &frame.extent, plan.exact,
-                       packed_query.get(), queries.get(), errors.get());
+                       packed_query.get(), queries.get(), bounds.get());
     });
     for (int64_t tile = 0; tile < tiles; tile += plan.chunk) {
       const int64_t here = std::min<int64_t>(plan.chunk, tiles - tile);
@@ -241,7 +203,7 @@ struct Scores {
   Memory<unsigned char> packed_query, packed;
   Memory<float> half_norm, group_max, group_norm, group_residual;
   Memory<KnnQuery> queries;
-  Memory<als::KnnBf16Error> errors;
+  Memory<als::KnnBound> bounds;
 };
 
 // The launches of knn_cuda_search.h for the rows `y` of the database, into distance and index; the
@@ -261,37 +223,31 @@ int64_t search(const Problem<T>& p, const Plan& plan, const als::KnnRows<T>& y, 
   Memory<int> listed_query(span);
   unsigned listed_count;
   const KnnListed listed{listed_query.get(), &listed_count};
-  int capacity = 64;  // smaller than in knn_cuda.cu: the list is cut more often
-  while (capacity < 2 * p.k) capacity *= 2;
-  const int shared = capacity * 12;
+  const auto sizes = KnnSelectSizes::of(p.k, kKnnSelectThreads);
   int64_t rescored = 0;
   for (int64_t first = 0; first < p.queries; first += span) {
     const int64_t count = std::min(span, p.queries - first);
     listed_count = 0;
     scores.run(x, first, count, frame, plan);
-    const bool square = plan.exact && p.metric != KnnMetric::kIp;
     KnnSelectParams<T> select{x,
                               y,
                               first,
-                              count,
-                              scores.groups,
                               p.k,
                               p.exclude_self,
-                              capacity,
+                              {scores.groups, kKnnGroupBits, 0},
+                              sizes,
                               scores.group_max.get(),
                               scores.group_norm.get(),
                               scores.group_residual.get(),
                               scores.queries.get(),
-                              scores.errors.get(),
-                              &frame.extent,
-                              square ? score_error(p.dim).square : 0.0,
+                              scores.bounds.get(),
                               plan.budget < 0 ? knn_budget(p.k, scores.groups) : plan.budget,
                               false,
                               listed,
                               distance,
                               index};
-    emulated::launch(
-        static_cast<unsigned>(count), kKnnThreads, [&] { knn_select(select); }, shared);
+    const auto select_rows = [&] { knn_select<T, kKnnSelectThreads>(select); };
+    emulated::launch(static_cast<unsigned>(count), kKnnSelectThreads, select_rows, sizes.bytes());
     rescored += listed_count;
 
     emulated::launch(blocks(count, kKnnTile), kKnnThreads, [&] {
@@ -316,7 +272,7 @@ int64_t search(const Problem<T>& p, const Plan& plan, const als::KnnRows<T>& y, 
       emulated::launch(2, kKnnThreads, [&] { knn_rescore(rescore); });
     }
     select.rescored = true;
-    emulated::launch(2, kKnnThreads, [&] { knn_select(select); }, shared);
+    emulated::launch(static_cast<unsigned>(count), kKnnSelectThreads, select_rows, sizes.bytes());
   }
   return rescored;
 }
@@ -342,39 +298,6 @@ Found search(const Problem<T>& p, const Plan& plan) {
   return found;
 }
 
-// The definition.
-template <typename T>
-std::vector<Neighbour> nearest(const Problem<T>& p) {
-  const als::KnnRows<T> x{p.query.data(), p.queries, p.dim, p.metric};
-  const als::KnnRows<T> y{p.database.data(), p.rows, p.dim, p.metric};
-  const bool cosine = p.metric == KnnMetric::kCosine;
-  const auto factor = [&](const als::KnnRows<T>& rows, int64_t row) {
-    if (!cosine) return 1.0;
-    return als::inverse_norm(
-        lane_sum(p.dim, [&](int64_t j) { return rows.at(row, j) * rows.at(row, j); }));
-  };
-  std::vector<Neighbour> result;
-  for (int64_t q = 0; q < p.queries; ++q) {
-    std::vector<Neighbour> all;
-    const double a = factor(x, q);
-    for (int64_t row = 0; row < p.rows; ++row) {
-      if (p.exclude_self && row == q) continue;
-      const double b = factor(y, row);
-      float d = als::finish_distance(p.metric, lane_sum(p.dim, [&](int64_t j) {
-                                       return p.metric == KnnMetric::kIp
-                                                  ? x.at(q, j) * y.at(row, j)
-                                                  : als::squared_difference(x.at(q, j) * a,
-                                                                            y.at(row, j), b);
-                                     }));
-      if ((a == 0.0 || b == 0.0) && a == a && b == b) d = 1.0f;
-      all.push_back({als::distance_key(d), row});
-    }
-    std::partial_sort(all.begin(), all.begin() + p.k, all.end());
-    result.insert(result.end(), all.begin(), all.begin() + p.k);
-  }
-  return result;
-}
-
 struct Outcome {
   int64_t wrong, rescored;
 };
@@ -390,44 +313,6 @@ Outcome compare(const Problem<T>& p, const Plan& plan = {}) {
   }
   return {wrong, found.rescored};
 }
-
-template <typename T>
-T convert(double x);
-template <>
-float convert(double x) {
-  return static_cast<float>(x);
-}
-template <>
-double convert(double x) {
-  return x;
-}
-template <>
-__nv_bfloat16 convert(double x) {
-  const float rounded = als::round_to_bf16(static_cast<float>(x));
-  uint32_t bits;
-  std::memcpy(&bits, &rounded, sizeof bits);
-  return {static_cast<uint16_t>(bits >> 16)};
-}
-template <>
-__half convert(double x) {  // truncates; 0 below the normal range
-  if (std::fabs(x) < 6.2e-5) return {0};
-  const int exponent = std::ilogb(x);
-  const auto fraction = static_cast<int>(std::ldexp(std::fabs(x), 10 - exponent)) - 1024;
-  return {static_cast<uint16_t>((x < 0.0) << 15 | (exponent + 15) << 10 | fraction)};
-}
-
-template <typename T = float>
-Problem<T> gaussian(int64_t queries, int64_t rows, int64_t dim, int64_t k, KnnMetric metric,
-                    double shift = 0.0) {
-  Problem<T> p{queries, rows, dim, k, metric, false, {}, {}};
-  std::mt19937 random(2);
-  std::normal_distribution<double> normal;
-  for (int64_t i = 0; i < queries * dim; ++i) p.query.push_back(convert<T>(normal(random) + shift));
-  for (int64_t i = 0; i < rows * dim; ++i) p.database.push_back(convert<T>(normal(random) + shift));
-  return p;
-}
-
-constexpr KnnMetric kMetrics[] = {KnnMetric::kL2, KnnMetric::kCosine, KnnMetric::kIp};
 
 // Both scoring kernels, with copies as early and as late as they may come.
 struct Way {
@@ -471,7 +356,7 @@ TEST_P(KnnKernels, GroupMaximaAreWithinTheBound) {
     scores.run(x, 0, p.queries, frame, {3, 2});
     for (int64_t q = 0; q < p.queries; ++q) {
       const KnnQuery& query = scores.queries.get()[q];
-      const als::KnnBf16Error error = scores.errors.get()[q];
+      const als::KnnBound error = scores.bounds.get()[q];
       std::vector<double> largest(scores.groups, -INFINITY);
       for (int64_t row = 0; row < p.rows; ++row) {
         double distance = 0.0, xx = 0.0, yy = 0.0, xy = 0.0;
@@ -488,14 +373,13 @@ TEST_P(KnnKernels, GroupMaximaAreWithinTheBound) {
         group = std::max(group, score);
       }
       for (int64_t g = 0; g < scores.groups; ++g) {
-        const double stored = scores.group_max.get()[q * scores.groups + g];
+        const float stored = scores.group_max.get()[q * scores.groups + g];
         if (g * als::kKnnGroup >= p.rows) {  // no row
           ASSERT_EQ(stored, -INFINITY);
           continue;
         }
-        const double norm = scores.group_norm.get()[g];
-        double bound = error.radius * norm + error.spread * scores.group_residual.get()[g];
-        if (metric != KnnMetric::kIp) bound += als::score_error(dim).square * 0.5 * norm * norm;
+        const float norm = scores.group_norm.get()[g];
+        const double bound = error.error(stored, norm, scores.group_residual.get()[g]);
         ASSERT_LE(std::fabs(stored - largest[g]), bound) << dim << ' ' << q << ' ' << g;
         worst = std::max(worst, std::fabs(stored - largest[g]) / bound);
       }
@@ -631,7 +515,7 @@ TEST_P(KnnKernels, AllRowsEqualGoByIndexAndWithoutSelf) {
 
 // ---- a database in parts ----
 
-constexpr Plan parts_of(int64_t rows, int64_t budget = -1) { return {2, 2, budget, true, rows}; }
+constexpr Plan parts_of(int64_t rows, int budget = -1) { return {2, 2, budget, true, rows}; }
 
 TEST_P(KnnKernels, PartsOfADatabaseContinueTheLists) {
   int turn = 0;
@@ -675,6 +559,21 @@ TEST_P(KnnKernels, PartsOfASortedDatabase) {  // every part is nearer than those
     EXPECT_EQ(compare(p, parts_of(256)).wrong, 0);
     EXPECT_EQ(compare(p, parts_of(256, 0)).wrong, 0);
   }
+}
+
+TEST(KnnSelect, ListsOverflowAndAreCut) {  // more rows and groups tie than a list holds
+  Problem<float> p{2, 9000, 1, 300, KnnMetric::kL2, false, {0.25f, 1.0f}, {}};
+  p.database.assign(p.rows, 0.25f);
+  for (int64_t row = 0; row < p.rows; row += 3) p.database[row] = 0.5f;
+  EXPECT_EQ(compare(p, {80, 8, kNever}).wrong, 0);
+}
+
+TEST(KnnSelect, TheMostNeighbours) {  // fewer than groups, or nearly as many as rows
+  EXPECT_EQ(compare(gaussian(1, 33100, 1, 2048, KnnMetric::kL2), {260, 32, kNever}).wrong, 0);
+  Problem<float> p = gaussian(2, 2049, 3, 2048, KnnMetric::kCosine);
+  EXPECT_EQ(compare(p).wrong, 0);
+  p.k = 2047;
+  EXPECT_EQ(compare(p).wrong, 0);
 }
 
 TEST_P(KnnKernels, WithoutTheBoundTightClustersComeOutWrong) {  // so the tests above can fail

@@ -181,7 +181,7 @@ TEST(KnnScan, IsWithinItsShareOfTheDistance) {
               exact += t * t;
             }
             EXPECT_LE(std::fabs(out[r * 4 + i] - exact),
-                      als::knn_scan_share(dim) * exact + static_cast<double>(dim) * 0x1p-125);
+                      als::quick_share(dim) * exact + als::quick_flush(dim));
             EXPECT_LE(out[r * 4 + i], als::knn_scan_limit(static_cast<float>(exact), dim));
           }
         }

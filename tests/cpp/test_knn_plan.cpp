@@ -92,7 +92,7 @@ TEST(KnnCudaMemory, PlacesAreAlignedAndApart) {
       {m.extent, sizeof *m.extent},
       {m.query, query_tiles * plan.tile_bytes},
       {m.queries, plan.span * static_cast<int64_t>(sizeof *m.queries)},
-      {m.errors, plan.span * static_cast<int64_t>(sizeof *m.errors)},
+      {m.bounds, plan.span * static_cast<int64_t>(sizeof *m.bounds)},
       {m.group_max, plan.span * plan.groups * 4},
       {m.database, plan.chunk * plan.tile_bytes},
       {m.half_norm, plan.chunk * 128 * 4},
