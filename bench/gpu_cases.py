@@ -132,16 +132,28 @@ def _knn(
     k: int,
     dtype: torch.dtype,
     ties: bool = False,
+    few: bool = False,
     **settings: Any,
 ) -> Job:
-    """A search; with ``ties`` among rows of few different distances, which score again."""
+    """A search; with ``ties`` among rows of few different distances, which score again.
+
+    Args:
+        few: the database is read as it lies, as it is where so little is asked; else it is packed.
+    """
     query, database = (torch.zeros(n, dim, dtype=dtype, device=device) for n in (65, rows))
     draw = partial(_integers, 2) if ties else _normal
     inputs = [(query, draw(65, dim)), (database, draw(rows, dim))]
     name = f"knn, {rows} × {dim}, k = {k}, {str(dtype).removeprefix('torch.')}"
     name += ", ties" if ties else ""
+    name += ", as it lies" if few else ""
     name += f", {settings}" if settings else ""
-    return Job(name, inputs, lambda: knn(query, database, k, **settings))
+
+    def call() -> tuple[Tensor, Tensor]:
+        if device.type == "cuda":
+            _library._cuda.allow_knn_few(few)
+        return knn(query, database, k, **settings)
+
+    return Job(name, inputs, call)
 
 
 def _knn_from_host(device: torch.device, rows: int, dim: int, k: int) -> Job:
@@ -219,6 +231,10 @@ def jobs(device: torch.device) -> list[Job]:
         _knn(device, 2500, 300, 100, BF16, metric="cosine"),
         _knn(device, 2500, 64, 20, torch.float32, ties=True),
         _knn(device, 700, 40, 5, torch.float64, metric="ip"),
+        *(_knn(device, 1031, d, 10, t, few=True) for d, t in ((17, torch.float32), (64, BF16))),
+        _knn(device, 2500, 300, 100, torch.float16, few=True, metric="cosine"),
+        _knn(device, 2500, 64, 20, torch.float32, ties=True, few=True, metric="ip"),
+        _knn(device, 70, 5, 20, torch.float64, few=True),
         *(_knn_from_host(device, 1031, 17, k) for k in (10, 300)),
         _vote(device),
         *(_pi(device, lazy, prior) for lazy in (False, True) for prior in (False, True)),
@@ -353,12 +369,12 @@ def _large_knn(device: torch.device, limit: int) -> None:
     _same([distance[-20:].cpu(), index[-20:].cpu()], list(want))
 
 
-def _large_database(device: torch.device, limit: int) -> None:
+def _large_database(device: torch.device, limit: int, queries: int) -> None:
     """More elements than 2^31: the nearest rows are planted behind the last 2^31st."""
     _room(device, 20)
     rows, k = limit // 128 + 50, 5
     database = torch.empty(rows, 128, device=device).normal_()
-    query = torch.empty(16, 128, device=device).normal_()
+    query = torch.empty(queries, 128, device=device).normal_()
     for place in range(k):
         database[rows - 1 - place] = query[3] + 1e-3 * (place + 1)
     _, index = knn(query, database, k)
@@ -450,7 +466,8 @@ def large(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
     for classes in (1024, 65_544) if device.type == "cuda" else (100, 1100):
         yield f"losses, {classes} classes", partial(_large_losses, device, limit, classes)
     yield "knn, products", partial(_large_knn, device, limit)
-    yield "knn, database", partial(_large_database, device, limit)
+    for queries in (16, 65):  # read as it lies, and packed
+        yield f"knn, database, {queries} queries", partial(_large_database, device, limit, queries)
     yield "knn, database of the host", partial(_large_host_database, device, limit)
     yield "knn_vote", partial(_large_vote, device, limit)
     for mode in ("dense", "lazy"):

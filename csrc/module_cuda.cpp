@@ -7,6 +7,7 @@
 
 #include "common/built_from.h"
 #include "common/staging.h"
+#include "knn/knn_few_switch.h"
 
 namespace {
 
@@ -28,4 +29,9 @@ PYBIND11_MODULE(_cuda, m) {
       "set_staging_bytes", &set_staging_bytes,
       "Caps the buffers through which host memory reaches the device, for tests: then little data "
       "is several parts. Returns what it was.");
+  m.def(
+      "allow_knn_few", [](bool allowed) { return als::knn_few_allowed().exchange(allowed); },
+      "Whether knn may read a database as it lies where queries or rows are few, for tests. "
+      "Returns "
+      "what it was.");
 }

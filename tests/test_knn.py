@@ -15,11 +15,30 @@ METRICS = ["l2", "cosine", "ip"]
 LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 
 
-@pytest.fixture(params=[*LEVELS, pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request, cpu_level):
-    """Every test runs with every instruction set; bf16, so forced, also serves short rows."""
-    if request.param == "cuda":
+CUDA_PATHS = ["cuda", "cuda_packed"]
+
+
+@pytest.fixture
+def device_of():
+    """Name -> device. Queries or rows of these tests are few: "cuda" reads the database as it
+    lies, "cuda_packed" may not."""
+
+    def choose(name):
+        _library._cuda.allow_knn_few(name == "cuda")
         return torch.device("cuda")
+
+    yield choose
+    if _library._cuda is not None:
+        _library._cuda.allow_knn_few(True)
+
+
+@pytest.fixture(
+    params=[*LEVELS, *(pytest.param(path, marks=pytest.mark.cuda) for path in CUDA_PATHS)]
+)
+def device(request, cpu_level, device_of):
+    """Every test runs with every instruction set; bf16, so forced, also serves short rows."""
+    if request.param in CUDA_PATHS:
+        return device_of(request.param)
     cpu_level(request.param)
     return torch.device("cpu")
 
@@ -646,8 +665,34 @@ def test_more_rows_than_are_searched_at_a_time_on_cuda():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("queries", "dim", "k"), [(1, 128, 10), (5, 50, 1), (16, 33, 2048)])
+def test_few_queries_on_cuda(queries, dim, k, metric, dtype):
+    """Aligned rows and rows that are not, of a large database, with rows that tie."""
+    query = gaussian(queries, dim, "cpu", 1).to(dtype)
+    database = gaussian(100_003, dim, "cpu").to(dtype)
+    database[50_000:50_100] = database[:100]
+    for first in (0, 1):  # in the view, row 0 is not aligned where rows are not
+        got = knn(query.cuda(), database.cuda()[first:], k, metric=metric)
+        assert_same([t.cpu() for t in got], knn(query, database[first:], k, metric=metric))
+
+
+@pytest.mark.cuda
+def test_extra_memory_of_few_queries_on_cuda_is_bounded():
+    query, database = gaussian(16, 2, "cuda", 1), torch.randn(100_000_000, 2, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    knn(query, database, 10)
+    assert torch.cuda.max_memory_allocated() - before <= 256 << 20
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("path", CUDA_PATHS)
 @pytest.mark.parametrize("k", [5, 2048])
-def test_captured_in_a_cuda_graph(k):
+def test_captured_in_a_cuda_graph(k, path, device_of):
+    device_of(path)
     query, database = gaussian(40, 6, "cuda", 1), gaussian(3000, 6, "cuda")
     knn(query, database, k)
     graph = torch.cuda.CUDAGraph()

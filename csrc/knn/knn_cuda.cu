@@ -1,6 +1,7 @@
 #include "common/cuda.h"
 #include "common/staging.h"
 #include "knn/knn.h"
+#include "knn/knn_cuda_few.h"
 #include "knn/knn_cuda_search.h"
 #include "knn/knn_cuda_upload.h"
 
@@ -18,23 +19,26 @@ void search(const Tensor& query, const Tensor& database, const Request& request,
             const KnnOutputs& outputs, cudaStream_t stream) {
   const int64_t dim = query.size(1), rows = database.size(0);
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+  const KnnRows<T> x{static_cast<const T*>(query.const_data_ptr()), query.size(0), dim,
+                     request.metric};
+  auto* const distance = std::get<0>(outputs).mutable_data_ptr<float>();
+  auto* const index = std::get<1>(outputs).mutable_data_ptr<int64_t>();
+  const KnnFewPlan few = KnnFewPlan::of(x.rows, rows, dim, row_bytes, request.k);
+  if (database.is_cuda() && few.serves) {
+    const KnnRows<T> y{static_cast<const T*>(database.const_data_ptr()), rows, dim, request.metric};
+    search_few(few, x, y, request.k, request.exclude_self, distance, index, query, stream);
+    return;
+  }
   const int64_t part = database.is_cuda()
                            ? KnnCudaPlan::resident_rows(rows)
                            : KnnCudaPlan::part_rows(rows, dim, row_bytes, staging_bytes());
-  const KnnCudaPlan plan = KnnCudaPlan::of(query.size(0), part, dim);
+  const KnnCudaPlan plan = KnnCudaPlan::of(x.rows, part, dim);
   // Freed to the stream-ordered allocator at the end of the call.
   const Tensor workspace = empty_on(query, {KnnCudaMemory::of(plan, 0).bytes}, ScalarType::Byte);
   const auto start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   const KnnCudaSearch<T> search{
-      {static_cast<const T*>(query.const_data_ptr()), query.size(0), dim, request.metric},
-      request.k,
-      request.exclude_self,
-      request.exact,
-      std::get<0>(outputs).mutable_data_ptr<float>(),
-      std::get<1>(outputs).mutable_data_ptr<int64_t>(),
-      plan,
-      KnnCudaMemory::of(plan, start),
-      stream};
+      x,     request.k, request.exclude_self,           request.exact, distance,
+      index, plan,      KnnCudaMemory::of(plan, start), stream};
   const auto run = [&](const void* data, int64_t first) {
     search.run(
         {static_cast<const T*>(data), std::min(part, rows - first), dim, request.metric, first});

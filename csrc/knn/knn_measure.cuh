@@ -113,7 +113,7 @@ struct KnnQuickSums {
         add(x, y);
       }
     }
-    ALS_UNROLL_BY(2)
+    ALS_UNROLL_BY((kRows * kSize > 16 ? 1 : 2))  // loads in flight
     for (int64_t v = lane; v < vectors; v += kKnnLanes) {
       const int64_t j = head + v * kSize;
       Vector rows[kRows], queries[kQueries];

@@ -12,7 +12,7 @@
 // more of the groups that step 2 lists.
 //
 // By count, for Q = M = 100,000, D = 128, k = 10: step 1 takes 9 float32 instructions a group, 56
-// thousand a query, and step 3 two an element of 160 rows, 41 thousand: 0.3 ms each on an H100 if
+// thousand a query, and step 3 two an element of 160 rows, 41 thousand: 0.2 ms each on an H100 if
 // nothing waits. What it waits for are 25 KB of maxima and 82 KB of rows a query (float32).
 #pragma once
 
@@ -24,8 +24,9 @@ namespace als {
 
 // Many blocks an SM, because most of a query's time is waiting: for memory, at barriers.
 constexpr int kKnnSelectThreads = 128;
-constexpr int kKnnListed = 512;  // groups on the list at a time
-constexpr int kKnnRound = 256;   // rows measured at a time, at most
+constexpr int kKnnSelectFewThreads = 512;  // where blocks are few
+constexpr int kKnnListed = 512;            // groups on the list at a time
+constexpr int kKnnRound = 256;             // rows measured at a time, at most
 constexpr int kKnnEntryBytes = sizeof(int64_t) + sizeof(uint32_t);
 
 struct KnnSelectSizes {
@@ -50,9 +51,9 @@ struct KnnSelectParams {
   KnnGrouping grouping;
   KnnSelectSizes sizes;
   const float* group_max;       // [queries][groups]
-  const float* group_norm;      // [groups]
+  const float* group_norm;      // [groups]; null: no bound needs it
   const float* group_residual;  // [groups]
-  const KnnQuery* queries;      // [queries]
+  const KnnQuery* queries;      // [queries]; null: the scores are those of knn_few
   const KnnBound* bounds;       // [queries], of bf16 scores
   int budget;                   // groups that may be measured after bf16 scores
   bool rescored;     // false: all queries, by their bf16 scores, and those beyond the budget go
@@ -119,12 +120,18 @@ struct KnnSelection {
     s.factor = factor;
     s.quick = KnnQuick::of(p.query.metric, p.query.dim, square);
     s.row_bound = KnnBound::of_quick(s.quick);
-    s.relation = p.queries[at].relation;
-    s.usable = p.queries[at].usable;
-    s.bound = p.bounds[at];
-    if (p.rescored) {
-      s.bound.radius = __double2float_ru(p.queries[at].radius);
-      s.bound.spread = 0.0f;
+    if (p.queries != nullptr) {
+      s.relation = p.queries[at].relation;
+      s.usable = p.queries[at].usable;
+      s.bound = p.bounds[at];
+      if (p.rescored) {
+        s.bound.radius = __double2float_ru(p.queries[at].radius);
+        s.bound.spread = 0.0f;
+      }
+    } else {
+      s.relation = s.quick.relation;
+      s.usable = true;
+      s.bound = s.row_bound;
     }
     s.lower = s.row_lower = -INFINITY;
     // A part of the database goes on with what the parts in front of it left.
@@ -150,11 +157,14 @@ struct KnnSelection {
   };
   __device__ Four four_groups(int64_t vector, const float* max, const KnnBound& bound) const {
     Four f;
-    float norm[4], residual[4];
+    float norm[4] = {}, residual[4] = {};
     *reinterpret_cast<float4*>(f.score) = *reinterpret_cast<const float4*>(max + 4 * vector);
-    *reinterpret_cast<float4*>(norm) = *reinterpret_cast<const float4*>(p.group_norm + 4 * vector);
-    *reinterpret_cast<float4*>(residual) =
-        *reinterpret_cast<const float4*>(p.group_residual + 4 * vector);
+    if (p.group_norm != nullptr) {
+      *reinterpret_cast<float4*>(norm) =
+          *reinterpret_cast<const float4*>(p.group_norm + 4 * vector);
+      *reinterpret_cast<float4*>(residual) =
+          *reinterpret_cast<const float4*>(p.group_residual + 4 * vector);
+    }
     ALS_UNROLL
     for (int c = 0; c < 4; ++c) f.error[c] = bound.error(f.score[c], norm[c], residual[c]);
     return f;
@@ -228,7 +238,9 @@ struct KnnSelection {
       if (e < kKnnListed) {
         g = s.listed[e];
         const float score = group_max()[g];
-        const float error = bound.error(score, p.group_norm[g], p.group_residual[g]);
+        const bool norms = p.group_norm != nullptr;
+        const float error =
+            bound.error(score, norms ? p.group_norm[g] : 0.0f, norms ? p.group_residual[g] : 0.0f);
         if (!passes(bound.highest(score, error), lower)) g = -1;
       }
       __syncthreads();  // what is written now has been read
