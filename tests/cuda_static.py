@@ -34,6 +34,7 @@ WATCHED = (
     *("LDG.128", "STG.128", "LDGSTS.128", "LDSM", "UTMALDG", "UBLKCP", "SYNCS"),
     *("HMMA", "HGMMA", "IMMA"),
 )
+WATCHED += ("UCGABAR_ARV", "UCGABAR_WAIT")  # the barrier of a cluster
 SPILLS = ("LDL", "STL")
 RESERVED = 1024  # bytes of shared memory that the system takes of every block from sm_80 on
 REGISTER_UNIT = 256  # registers are handed to warps in this unit
