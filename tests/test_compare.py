@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 from als_ext.cli import main
 from als_ext.compare.grid import Cell, Variant, make_grid
-from als_ext.compare.store import Store, locked, read_results
+from als_ext.compare.store import Store, locked, read_grid, read_results
 from als_ext.methods import ERM
 from als_ext.methods import METHODS as REGISTRY
 from als_ext.metrics import detection_metrics
@@ -584,6 +584,21 @@ def test_detection_of_nothing_is_undefined():
     assert set(figures.values()) == {None, 0}
 
 
+@pytest.mark.parametrize("broken", ["os.fsync", "os.replace"])
+def test_a_write_that_fails_leaves_the_lines_as_they_were(copied, monkeypatch, broken):
+    grid = read_grid(copied)
+    store = Store(copied, grid)
+    before = files_of(copied)
+
+    def full(*_arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(broken, full)
+    with pytest.raises(OSError, match="no space"):
+        store.add(grid.cells[0], {"status": "failed", "error": "it was done"})
+    assert files_of(copied) == before
+
+
 # ---- kill -9 -----------------------------------------------------------------------------------
 
 WRITER = """
@@ -595,7 +610,7 @@ names = {"d": "d"}
 grid = make_grid(names, names, {"m": Variant("erm")}, range(2000), {})
 store = Store(Path(sys.argv[1]), grid)
 for cell in store.pending:
-    store.add(cell, {"status": "done", "padding": "x" * 500})
+    store.add(cell, {"status": "done", "padding": "x" * 20_000})
 """
 
 
@@ -605,7 +620,7 @@ def test_kill_9_while_a_result_is_written_loses_no_line_and_leaves_no_half(tmp_p
     pause, seen = random.Random(0), 0
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
-        wait_for(lambda: len(read_results(tmp_path)) > seen + 5, process)  # noqa: B023
+        wait_for(lambda: len(read_results(tmp_path)) > seen + 40, process)  # noqa: B023
         time.sleep(pause.uniform(0.0, 0.1))
         before = len(read_results(tmp_path))
         process.send_signal(signal.SIGKILL)

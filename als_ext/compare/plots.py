@@ -27,7 +27,7 @@ MAPS = {"pca": "principal components", "tsne": "t-SNE"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.")
 _COLUMNS = 4  # of panels
-_CLEAN, _WRONG = "#0072B2", "#D55E00"
+_GROUPS = ("#0072B2", "#009E73", "#D55E00")
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "als_ext", "font.size": 9, "axes.grid": True}
 _STYLE |= {"grid.linewidth": 0.3, "legend.frameon": False, "savefig.dpi": 150}
 Samples = dict[str, npt.NDArray[Any]]
@@ -174,61 +174,56 @@ def _panels(
     return figure
 
 
-def _wrong(samples: Samples) -> npt.NDArray[np.bool_]:
-    """Samples with a wrong given label; none where the truth is unknown."""
-    given = samples["given"]
-    return np.asarray(given != samples.get("true", given))
+def _groups(samples: Samples) -> dict[str, npt.NDArray[np.bool_]]:
+    """Samples by what became of their label; all are right where the truth is unknown."""
+    truth = samples.get("true", samples["given"])
+    left = samples["labels"] != truth if "true" in samples else np.zeros(len(truth), dtype=bool)
+    corrected = (samples["given"] != truth) & ~left
+    return {
+        "right": ~(left | corrected),
+        "wrong, corrected": corrected,
+        "wrong in the end": left,
+    }
 
 
 def _histogram(axis: Any, samples: Samples) -> None:
-    """log pi of the samples whose given label is right, and of the others, each adding up to 1."""
+    """log pi by what became of the label, each group adding up to 1."""
     ratio = samples["log_pi"] + np.log(len(samples["log_pi"]))
-    bins = np.histogram_bin_edges(ratio, 60)
-    wrong = _wrong(samples)
-    parts = (("label right", ~wrong, _CLEAN), ("label wrong", wrong, _WRONG))
-    for name, chosen, colour in parts:
+    low, high = np.quantile(ratio, [0.001, 0.999])  # what is beyond goes to the outer bins
+    bins = np.linspace(low, high, 61) if high > low else 1
+    for (name, chosen), colour in zip(_groups(samples).items(), _GROUPS, strict=True):
         if chosen.any():
             weights = np.full(int(chosen.sum()), 1 / chosen.sum())
-            axis.hist(ratio[chosen], bins, weights=weights, alpha=0.6, color=colour, label=name)
-    axis.set(xlabel="log (n π), nats", ylabel="share")
-    axis.legend()
+            values = ratio[chosen].clip(low, high)
+            axis.hist(values, bins, weights=weights, alpha=0.6, color=colour, label=name)
+    axis.set(xlabel="log (n π), nats", ylabel="share of the group")
+    axis.xaxis.get_major_locator().set_params(nbins=5)
+    axis.legend(title="label")
 
 
 def _map(axis: Any, samples: Samples, projection: str) -> None:
-    """Points in the colour of their class; crosses are wrong labels, red ones in the end."""
+    """Points in the colour of their true class; crosses are wrong labels, black in the end."""
     rows, points = samples["map_rows"], samples["map"]
     if projection == "tsne":
         points = _tsne(points)
     elif points.shape[1] == 1:  # an embedding of one number
         points = np.hstack([points, np.zeros_like(points)])
     truth = samples.get("true", samples["given"])
-    wrong, left = _wrong(samples)[rows], (samples["labels"] != truth)[rows]
-    size = {"s": 4, "linewidths": 0, "rasterized": True}  # 5,000 vector dots are a slow page
-    axis.scatter(
-        points[:, 0],
-        points[:, 1],
-        c=truth[rows],
-        cmap="tab20",
-        vmin=0,
-        vmax=truth.max(),
-        alpha=0.5,
-        **size,
+    cmap = "tab10" if truth.max() < 10 else "tab20"
+    by_class = {"cmap": cmap, "vmin": 0, "vmax": max(9, truth.max()), "rasterized": True}
+    looks: tuple[dict[str, Any], ...] = (  # thousands of dots as vectors would be a slow page
+        {"s": 4, "linewidths": 0, "c": truth[rows], "alpha": 0.5, **by_class},
+        {"s": 8, "linewidths": 0.5, "c": truth[rows], "marker": "x", **by_class},
+        {"s": 12, "linewidths": 0.8, "color": "black", "marker": "x", "rasterized": True},
     )
-    marks = (("corrected", wrong & ~left, "#777777"), ("wrong in the end", left, "#D00000"))
-    for name, chosen, colour in marks:
-        if chosen.any():
-            axis.scatter(
-                *points[chosen, :2].T,
-                s=10,
-                c=colour,
-                marker="x",
-                linewidths=0.6,
-                rasterized=True,
-                label=f"{name}: {int(chosen.sum())} of {len(rows)}",
-            )
+    for (name, chosen), look in zip(_groups(samples).items(), looks, strict=True):
+        mine = chosen[rows]
+        if mine.any():
+            own = look | ({"c": look["c"][mine]} if "c" in look else {})
+            label = f"{name}: {int(mine.sum())} of {len(rows)}"
+            axis.scatter(*points[mine, :2].T, label=label, **own)
     axis.set(xticks=[], yticks=[], xlabel=f"embedding, {MAPS[projection]}")
-    if wrong.any() or left.any():
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), title="label")
 
 
 def _tsne(points: npt.NDArray[Any]) -> npt.NDArray[Any]:
