@@ -150,7 +150,7 @@ def _knn(
 
     def call() -> tuple[Tensor, Tensor]:
         if device.type == "cuda":
-            _library._cuda.allow_knn_few(few)
+            _library._cuda.allow_small_input_paths(few)
         return knn(query, database, k, **settings)
 
     return Job(name, inputs, call)

@@ -6,8 +6,8 @@
 #include <string>
 
 #include "common/built_from.h"
+#include "common/small_inputs.h"
 #include "common/staging.h"
-#include "knn/knn_few_switch.h"
 
 namespace {
 
@@ -30,8 +30,8 @@ PYBIND11_MODULE(_cuda, m) {
       "Caps the buffers through which host memory reaches the device, for tests: then little data "
       "is several parts. Returns what it was.");
   m.def(
-      "allow_knn_few", [](bool allowed) { return als::knn_few_allowed().exchange(allowed); },
-      "Whether knn may read a database as it lies where queries or rows are few, for tests. "
-      "Returns "
+      "allow_small_input_paths",
+      [](bool allowed) { return als::small_input_paths().exchange(allowed); },
+      "Whether operations may take the ways that they have for small inputs, for tests. Returns "
       "what it was.");
 }

@@ -24,12 +24,12 @@ def device_of():
     lies, "cuda_packed" may not."""
 
     def choose(name):
-        _library._cuda.allow_knn_few(name == "cuda")
+        _library._cuda.allow_small_input_paths(name == "cuda")
         return torch.device("cuda")
 
     yield choose
     if _library._cuda is not None:
-        _library._cuda.allow_knn_few(True)
+        _library._cuda.allow_small_input_paths(True)
 
 
 @pytest.fixture(

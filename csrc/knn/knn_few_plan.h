@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/small_inputs.h"
 #include "knn/knn_few.cuh"
-#include "knn/knn_few_switch.h"
 
 namespace als {
 
@@ -39,7 +39,7 @@ struct KnnFewPlan {
              (plan.bytes(queries) > kBytes && plan.grouping.count > kKnnFewGroups));
     const double products =
         static_cast<double>(queries) * static_cast<double>(rows) * static_cast<double>(dim);
-    plan.serves = knn_few_allowed() && (queries <= kQueries || products <= kProducts) &&
+    plan.serves = small_input_paths() && (queries <= kQueries || products <= kProducts) &&
                   plan.bytes(queries) <= kBytes;
     return plan;
   }

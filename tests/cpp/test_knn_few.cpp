@@ -89,9 +89,9 @@ TEST(KnnFewPlan, ServesFewQueriesOrLittleWork) {
   EXPECT_FALSE(serves(17, 100'000, 128));
   EXPECT_TRUE(serves(300, 1000, 128));
   EXPECT_FALSE(serves(30'000'000, 2, 1));  // the maxima would take too much memory
-  als::knn_few_allowed() = false;
+  als::small_input_paths() = false;
   EXPECT_FALSE(serves(1, 1000, 128));
-  als::knn_few_allowed() = true;
+  als::small_input_paths() = true;
 }
 
 TEST(KnnFewPlan, KeepsTheMemoryPromiseAndHasAPlaceForEveryRow) {
