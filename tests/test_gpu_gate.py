@@ -399,7 +399,9 @@ def test_a_case_without_room_is_named(monkeypatch, capsys):
     assert gpu_cases.main(["large", "--device", "cpu", "--only", "nothing"]) == 1
     said = capsys.readouterr().out
     assert "large: knn_vote: SKIPPED: needs 40 GiB" in said
-    assert "8 skipped" in said
+    skipped = said.count("SKIPPED: ")
+    assert skipped >= 8
+    assert f"{skipped} skipped" in said
 
 
 def test_jobs_call_every_operation_of_the_gpu():
