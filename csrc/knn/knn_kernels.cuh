@@ -5,8 +5,9 @@
 //   3. scores on tensor cores; only the largest of 16 rows is written    knn_score.cuh
 //      the same on compute capability 9.0                                knn_score_hopper.cuh
 //   4. per query: the groups that can hold one of the k best (error
-//      bound of knn_math.h), their rows in float32, with a bound again,
-//      what is left in float64, the k smallest                           knn_select.cuh
+//      bound of knn_math.h)                                              knn_groups.cuh
+//      their rows in float32, with a bound again, what that leaves in
+//      float64, the k smallest                                           knn_select.cuh
 //   5. queries for which those are too many: float32 scores              knn_rescore.cuh
 //   6. as 4, for them
 //

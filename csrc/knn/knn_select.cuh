@@ -8,77 +8,19 @@
 //   3. measures the latter, which nearly always hold the result, so that the k-th distance is known
 //   4. measures what that leaves of the others
 // Measuring is float32 in difference form for all rows, and float64 for those that its bound does
-// not exclude: the k nearest and a few more. Where rows lie in clusters, step 3 spares half and
-// more of the groups that step 2 lists.
+// not exclude: the k nearest and a few more. What step 4 looks at is within one error of the k-th
+// score, what step 2 lists within two: where rows lie in clusters, that is much more.
 //
 // By count, for Q = M = 100,000, D = 128, k = 10: step 1 takes 9 float32 instructions a group, 56
 // thousand a query, and step 3 two an element of 160 rows, 41 thousand: 0.2 ms each on an H100 if
 // nothing waits. What it waits for are 25 KB of maxima and 82 KB of rows a query (float32).
 #pragma once
 
-#include "knn/knn_measure.cuh"
-#include "knn/knn_rescore.cuh"
-#include "knn/knn_top.cuh"
+#include <type_traits>
+
+#include "knn/knn_groups.cuh"
 
 namespace als {
-
-// Many blocks an SM, because most of a query's time is waiting: for memory, at barriers.
-constexpr int kKnnSelectThreads = 128;
-constexpr int kKnnSelectFewThreads = 512;  // where blocks are few
-constexpr int kKnnListed = 512;            // groups on the list at a time
-constexpr int kKnnRound = 256;             // rows measured at a time, at most
-constexpr int kKnnEntryBytes = sizeof(int64_t) + sizeof(uint32_t);
-
-struct KnnSelectSizes {
-  int capacity;  // entries of the list of rows: the k nearest, and those of a round
-  int bins;      // at most twice the capacity, whose memory they use first
-
-  static KnnSelectSizes of(int64_t k, int threads) {
-    KnnSelectSizes s{2 * threads, 4 * threads};  // four neighbouring groups a thread
-    while (s.capacity < k + kKnnRound) s.capacity *= 2;
-    while (s.bins < 2 * (k + 1)) s.bins *= 2;
-    return s;
-  }
-  int bytes() const { return capacity * kKnnEntryBytes; }
-};
-
-template <typename T>
-struct KnnSelectParams {
-  KnnRows<T> query, database;
-  int64_t first_query;  // row of query 0 of the span
-  int64_t k;
-  bool exclude_self;
-  KnnGrouping grouping;
-  KnnSelectSizes sizes;
-  const float* group_max;       // [queries][groups]
-  const float* group_norm;      // [groups]; null: no bound needs it
-  const float* group_residual;  // [groups]
-  const KnnQuery* queries;      // [queries]; null: the scores are those of knn_few
-  const KnnBound* bounds;       // [queries], of bf16 scores
-  int budget;                   // groups that may be measured after bf16 scores
-  bool rescored;     // false: all queries, by their bf16 scores, and those beyond the budget go
-  KnnListed listed;  // on this list; true: the listed ones, by the float32 scores they have now
-  float* distance;   // [Q, k]; as it is given: of the rows in front of database.first
-  int64_t* index;    // [Q, k]; the same
-};
-
-struct KnnSelectShared {
-  KnnRadix radix;
-  KnnRelation relation;  // of the scores of groups
-  KnnQuick quick;        // of those of rows
-  KnnBound bound, row_bound;
-  float lower, row_lower;  // true scores of the result are at least this
-  bool usable;             // whether scores of groups say anything
-  int64_t at, q;           // the query: of the span, row
-  double factor;           // its row_factor
-  int front, back;         // groups on the list, from its begin and from its end
-  int listed[kKnnListed];
-  int count;       // entries of the list of rows
-  bool full;       // whether k are known
-  Neighbour last;  // the worst of them
-  int chosen_count;
-  int64_t chosen[kKnnRound];  // rows for float64
-};
 
 template <typename T, int kThreads>
 struct KnnSelection {
@@ -88,25 +30,14 @@ struct KnnSelection {
   const KnnSelectParams<T>& p;
   KnnSelectShared& s;
   unsigned char* memory;  // dynamic shared memory
-  float sure = INFINITY;  // lower bounds from here on made the first bound of the result
-  float most = INFINITY;  // no group of this thread has a higher upper bound
+  KnnGroups<T, kThreads> groups{p, s};
 
   static __device__ int lane() { return threadIdx.x % kKnnLanes; }
   static __device__ int team() { return threadIdx.x / kKnnLanes; }
-  __device__ float* bins() const { return reinterpret_cast<float*>(memory); }
   // The list of rows: [capacity] indices, then [capacity] keys.
   __device__ int64_t* rows() const { return reinterpret_cast<int64_t*>(memory); }
   __device__ uint32_t* keys() const {
     return reinterpret_cast<uint32_t*>(rows() + p.sizes.capacity);
-  }
-  __device__ int groups() const { return static_cast<int>(p.grouping.count); }
-  __device__ const float* group_max() const { return p.group_max + s.at * p.grouping.count; }
-  __device__ int needed() const { return static_cast<int>(p.k) + (p.exclude_self ? 1 : 0); }
-
-  // Thread 0, when k rows are known to be no farther than this.
-  __device__ void raise(double distance) {
-    if (s.usable) s.lower = fmaxf(s.lower, __double2float_rd(s.relation.lowest_score(distance)));
-    s.row_lower = fmaxf(s.row_lower, __double2float_rd(s.quick.relation.lowest_score(distance)));
   }
 
   __device__ void start(int64_t at) {
@@ -141,7 +72,7 @@ struct KnnSelection {
     if (s.full) {
       const int64_t worst = q * p.k + p.k - 1;
       s.last = {distance_key(p.distance[worst]), p.index[worst]};
-      raise(p.distance[worst]);
+      s.raise(p.distance[worst]);
     }
   }
 
@@ -150,104 +81,6 @@ struct KnnSelection {
       keys()[j] = distance_key(p.distance[s.q * p.k + j]);
       rows()[j] = p.index[s.q * p.k + j];
     }
-  }
-
-  struct Four {  // neighbouring groups
-    float score[4], error[4];
-  };
-  __device__ Four four_groups(int64_t vector, const float* max, const KnnBound& bound) const {
-    Four f;
-    float norm[4] = {}, residual[4] = {};
-    *reinterpret_cast<float4*>(f.score) = *reinterpret_cast<const float4*>(max + 4 * vector);
-    if (p.group_norm != nullptr) {
-      *reinterpret_cast<float4*>(norm) =
-          *reinterpret_cast<const float4*>(p.group_norm + 4 * vector);
-      *reinterpret_cast<float4*>(residual) =
-          *reinterpret_cast<const float4*>(p.group_residual + 4 * vector);
-    }
-    ALS_UNROLL
-    for (int c = 0; c < 4; ++c) f.error[c] = bound.error(f.score[c], norm[c], residual[c]);
-    return f;
-  }
-
-  // Each of the `needed` best bins holds a row of at least its best lower bound; with exclude_self
-  // one of those rows may be the query's own.
-  __device__ void find_lower() {
-    const KnnBound bound = s.bound;
-    const float* max = group_max();
-    const int vectors = groups() / 4;
-    most = -INFINITY;
-    for (int u = threadIdx.x; u < p.sizes.bins / 4; u += kThreads) {
-      float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-      ALS_UNROLL_BY(2)
-      for (int v = u; v < vectors; v += p.sizes.bins / 4) {
-        const Four f = four_groups(v, max, bound);
-        ALS_UNROLL
-        for (int c = 0; c < 4; ++c) {  // fmaxf: the bound that is not NaN
-          best[c] = fmaxf(best[c], bound.lowest(f.score[c], f.error[c]));
-          most = fmaxf(most, bound.highest(f.score[c], f.error[c]));
-        }
-      }
-      *reinterpret_cast<float4*>(bins() + 4 * u) = {best[0], best[1], best[2], best[3]};
-    }
-    __syncthreads();
-    sure = kth_largest<kThreads>(bins(), p.sizes.bins, needed(), s.radix);
-    if (threadIdx.x == 0) raise(s.relation.farthest(sure));
-    __syncthreads();
-  }
-
-  static __device__ bool passes(float highest, float lower) {  // NaN: only where everything does
-    return highest >= lower || lower == -INFINITY;
-  }
-
-  // Groups [begin, end), which begins at a multiple of 4, that pass. Those that find no room are
-  // counted all the same.
-  __device__ void list(int begin, int end) {
-    __syncthreads();  // all are done with the list
-    if (threadIdx.x == 0) s.front = s.back = 0;
-    __syncthreads();
-    const float lower = s.lower;
-    if (passes(most, lower)) {
-      const KnnBound bound = s.bound;
-      const float* max = group_max();
-      for (int v = begin / 4 + threadIdx.x; v < end / 4; v += kThreads) {
-        const Four f = four_groups(v, max, bound);
-        for (int c = 0; c < 4; ++c) {
-          if (!passes(bound.highest(f.score[c], f.error[c]), lower)) continue;
-          const bool in_front = bound.lowest(f.score[c], f.error[c]) >= sure;
-          const int place = atomicAdd(in_front ? &s.front : &s.back, 1);
-          if (place < kKnnListed) {
-            s.listed[in_front ? place : kKnnListed - 1 - place] = 4 * v + c;
-          }
-        }
-      }
-    }
-    __syncthreads();
-  }
-
-  // The groups in the back of the list that still pass move to its front; returns how many.
-  __device__ int list_again() {
-    const int back = s.back;
-    const float lower = s.lower;
-    const KnnBound bound = s.bound;
-    __syncthreads();
-    if (threadIdx.x == 0) s.front = 0;
-    for (int base = kKnnListed - back; base < kKnnListed; base += kThreads) {
-      const int e = base + threadIdx.x;
-      int g = -1;
-      if (e < kKnnListed) {
-        g = s.listed[e];
-        const float score = group_max()[g];
-        const bool norms = p.group_norm != nullptr;
-        const float error =
-            bound.error(score, norms ? p.group_norm[g] : 0.0f, norms ? p.group_residual[g] : 0.0f);
-        if (!passes(bound.highest(score, error), lower)) g = -1;
-      }
-      __syncthreads();  // what is written now has been read
-      if (g >= 0) s.listed[atomicAdd(&s.front, 1)] = g;
-    }
-    __syncthreads();
-    return s.front;
   }
 
   // Sorts the list of rows and cuts it to the k nearest. By all threads; ends with a barrier.
@@ -264,7 +97,7 @@ struct KnnSelection {
       s.count = static_cast<int>(p.k);
       s.full = true;
       s.last = {keys()[p.k - 1], rows()[p.k - 1]};
-      raise(key_distance(s.last.key));
+      s.raise(key_distance(s.last.key));
     }
     __syncthreads();
   }
@@ -372,7 +205,7 @@ struct KnnSelection {
       measure(n);
       if (again || s.back == 0) return n <= budget;
       budget -= n;
-      n = list_again();
+      n = groups.list_again();
       if (n > budget) return false;
     }
   }
@@ -382,21 +215,21 @@ struct KnnSelection {
     start(at);
     __syncthreads();
     int budget = INT32_MAX;
-    if (s.usable && needed() <= groups()) {  // the same in all threads
-      find_lower();
+    if (s.usable && groups.needed() <= groups.count()) {  // the same in all threads
+      groups.find_lower(reinterpret_cast<float*>(memory));
       if (!p.rescored) budget = p.budget;
     }
     load_known();  // where the bins were
-    int page = groups();
-    for (int begin = 0; begin < groups();) {
-      const int end = groups() - begin < page ? groups() : begin + page;
-      list(begin, end);
+    int page = groups.count();
+    for (int begin = 0; begin < groups.count();) {
+      const int end = groups.count() - begin < page ? groups.count() : begin + page;
+      groups.list(begin, end);
       const int passing = s.front + s.back;
       if (passing > kKnnListed) {  // only where a page is all groups
         if (passing > budget) return false;
         budget = INT32_MAX;
         page = kKnnListed;
-        most = INFINITY;  // the threads take other groups now
+        groups.most = INFINITY;  // the threads take other groups now
         continue;
       }
       if (!measure_listed(budget)) return false;

@@ -568,6 +568,13 @@ TEST(KnnSelect, ListsOverflowAndAreCut) {  // more rows and groups tie than a li
   EXPECT_EQ(compare(p, {80, 8, kNever}).wrong, 0);
 }
 
+TEST(KnnSelect, TheBestGroupOfAQueryMayHoldOnlyTheQuery) {
+  Problem<float> p = gaussian(128, 128, 4, 3, KnnMetric::kL2);
+  p.query = p.database;
+  p.exclude_self = true;
+  EXPECT_EQ(compare(p, {1, 1, kNever}).wrong, 0);
+}
+
 TEST(KnnSelect, TheMostNeighbours) {  // fewer than groups, or nearly as many as rows
   EXPECT_EQ(compare(gaussian(1, 33100, 1, 2048, KnnMetric::kL2), {260, 32, kNever}).wrong, 0);
   Problem<float> p = gaussian(2, 2049, 3, 2048, KnnMetric::kCosine);

@@ -146,6 +146,16 @@ TEST(KnnFew, GroupsOfEverySize) {
   }
 }
 
+TEST(KnnFew, GroupsWithoutRowsStandForNone) {  // 15 of the second block; row 0 is the nearest
+  for (KnnMetric metric : kMetrics) {
+    Problem<float> p = gaussian(1, 257, 6, 9, metric);
+    const float length = metric == KnnMetric::kL2 ? 1.0f : 5.0f;
+    for (int64_t j = 0; j < p.dim; ++j) p.database[j] = length * p.query[j];
+    EXPECT_EQ(nearest(p)[0].index, 0);
+    EXPECT_EQ(wrong(p, groups_of(4, p.rows)), 0);
+  }
+}
+
 TEST(KnnFew, MoreQueriesThanABlockTakes) {
   for (int64_t queries : {4, 5, 15, 16, 17, 33}) {
     Problem<float> p = gaussian(queries, 300, 12, 3, kMetrics[queries % 3]);
@@ -218,6 +228,10 @@ TEST(KnnFew, TiesGoByIndexAndSelfIsLeftOut) {
     p.query = p.database;
     p.exclude_self = true;
     EXPECT_EQ(wrong(p), 0);
+    Problem<float> single = gaussian(18, 18, 4, 5, metric);
+    single.query = single.database;
+    single.exclude_self = true;
+    EXPECT_EQ(wrong(single), 0);
     p.query.assign(p.query.size(), 2.5f);
     p.database = p.query;
     p.k = 17;
@@ -241,29 +255,23 @@ TEST(KnnFew, TheMostNeighbours) {
 }
 
 TEST(KnnFew, DistancesCloserThanFloat32SumsAreWrong) {
-  // The same numbers in another order in every row, and one a little larger: distances that differ
-  // in the last bits, sums that are off by more.
-  Problem<float> p = gaussian(1, 500, 2000, 5, KnnMetric::kL2);
-  p.query.assign(p.dim, 0.0f);
-  std::mt19937 random(5);
-  for (int64_t row = 1; row < p.rows; ++row) {
-    const auto y = p.database.begin() + row * p.dim;
-    std::copy_n(p.database.begin(), p.dim, y);
-    std::shuffle(y, y + p.dim, random);
-    y[row % p.dim] += 1e-4f * static_cast<float>(random() % 64);
-  }
-  EXPECT_EQ(wrong(p), 0);
-  std::vector<std::pair<float, int64_t>> sums;  // the order by float32 alone is another one
+  // The five nearest rows are one number 2000 times: every addition to a lane's sum of 250 rounds
+  // up, by a third of a unit in the last place. The others have all of their length in one element,
+  // so that their sums are right, and are a few units farther.
+  Problem<float> p{1, 300, 2000, 5, KnnMetric::kL2, false, std::vector<float>(2000), {}};
+  p.database.resize(p.rows * p.dim);
   for (int64_t row = 0; row < p.rows; ++row) {
-    float sum = 0.0f;
-    for (int64_t j = 0; j < p.dim; ++j)
-      sum += p.database[row * p.dim + j] * p.database[row * p.dim + j];
-    sums.push_back({sum, row});
+    const auto y = p.database.begin() + row * p.dim;
+    const double unit = 0x1p-23;
+    if (row % 60 == 7) {
+      std::fill_n(y, p.dim, static_cast<float>(1.0 + unit * static_cast<double>(40 + row / 60)));
+    } else {
+      const auto far = static_cast<double>(46 + row % 100);
+      y[row % p.dim] = static_cast<float>(std::sqrt(2000.0) * (1.0 + unit * far));
+    }
   }
-  std::sort(sums.begin(), sums.end());
-  const auto want = nearest(p);
-  EXPECT_FALSE(std::equal(want.begin(), want.end(), sums.begin(),
-                          [](const auto& n, const auto& s) { return n.index == s.second; }));
+  EXPECT_EQ(nearest(p)[0].index, 7);
+  EXPECT_EQ(wrong(p), 0);
 }
 
 }  // namespace
