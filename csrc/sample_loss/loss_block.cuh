@@ -17,9 +17,13 @@ template <typename T>
 struct PartSums : OnlineSums<T> {
   int64_t top = kNoClass;
 
-  __device__ void merge(const PartSums& other) {
-    if (other.max > this->max) top = kNoClass;
-    if (other.max >= this->max) top = min(top, other.top);
+  __device__ RowSums<T> row_sums(SideTarget side) const {
+    const bool has_q = side == SideTarget::kSmoothing || side == SideTarget::kProbabilities;
+    return {this->max, this->max == T(-INFINITY) ? T(NAN) : this->rest,
+            has_q ? this->mass : this->log_sum, this->side};
+  }
+  __device__ void merge(const PartSums& other) {  // of later classes
+    if (other.max > this->max) top = other.top;
     OnlineSums<T>::merge(other);
   }
 };
@@ -61,10 +65,11 @@ struct Chunk {
   }
 };
 
-// All copies of 16 bytes are under way at a time; the ragged ends go through registers.
+// All copies of 16 bytes are under way at a time; the ragged ends go through registers. Nothing may
+// be read before await_chunk.
 template <typename scalar_t>
-__device__ Chunk<scalar_t> load_chunk(scalar_t* cache, const scalar_t* row, int64_t begin,
-                                      int count) {
+__device__ Chunk<scalar_t> start_chunk(scalar_t* cache, const scalar_t* row, int64_t begin,
+                                       int count) {
   constexpr int kPack = Chunk<scalar_t>::kPack;
   const scalar_t* from = row + begin;
   const int to_pack = elements_to_pack(from);
@@ -82,9 +87,11 @@ __device__ Chunk<scalar_t> load_chunk(scalar_t* cache, const scalar_t* row, int6
     to[i] = from[i];
   }
   if (t < (kPack - count % kPack) % kPack) store(to + count + t, -INFINITY);
+  return {to, begin, count};
+}
+__device__ inline void await_chunk() {
   wait_copies<0>();
   __syncthreads();
-  return {to, begin, count};
 }
 
 template <typename T>
@@ -251,7 +258,7 @@ __device__ void fill(grad_t* out, int64_t count, T value) {
 // What: losses, state and gradients of rows of any number of classes.  Equations: loss_math.h.
 // Grid: a cluster a row, grid-stride; a block has plan.share neighbouring classes.
 // Shared memory: BlockShared, and plan.chunk logits. A share that fits is read once, a longer one
-// once for the sums and once for the gradient. Nothing is read for a row without a loss.
+// once for the sums and once for the gradient; a long one of a row without a loss is not.
 // Determinism: a row's sums have one order: thread, lane, warp, block.
 template <bool kGeneral, typename scalar_t, typename grad_t>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(accumulate_t<scalar_t>) == 8 ? 2 : 3)
@@ -263,47 +270,51 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(accumulate_t<scalar_t>) 
   const unsigned blocks = cluster_blocks(), rank = cluster_rank();
   const int64_t begin = min(rank * plan.share, job.classes);
   const int64_t end = min(begin + plan.share, job.classes);
+  const int64_t chunks = (end - begin + plan.chunk - 1) / plan.chunk;
   // The hard bootstrap's arg max is no part of the state: its backward looks for it again.
   const bool sums_up = !job.state_in || job.spec.side() == SideTarget::kArgmax;
+  const bool writes = rank == 0 && threadIdx.x == 0;
   if (sums_up && blocks > 1) cluster_arrive();
 
   for (int64_t r = blockIdx.x / blocks; r < job.rows; r += gridDim.x / blocks) {
-    const bool writes = rank == 0 && threadIdx.x == 0;
+    const auto start = [&](int64_t from) {
+      return start_chunk(cache, job.row(r), from, static_cast<int>(min(plan.chunk, end - from)));
+    };
+    Chunk<scalar_t> chunk;
+    if (plan.early) chunk = start(begin);
     const DeviceTarget<T> target = target_of(job, r);
     grad_t* out = job.grad ? job.grad + r * job.classes : nullptr;
     if (target.fate != RowFate::kLoss) {
       if (writes) write_row(job, r, target.fate, T(0), RowSums<T>{});
       if (out) fill(out + begin, end - begin, value_without_loss<T>(target.fate));
+      wait_copies<0>();
       continue;
     }
+    if (!plan.early) chunk = start(begin);
     DeviceRow<T> row = device_row<kGeneral>(job, r, target);
-    const auto load = [&](int64_t from) {
-      return load_chunk(cache, job.row(r), from, static_cast<int>(min(plan.chunk, end - from)));
-    };
-    Chunk<scalar_t> chunk{nullptr, -1, 0};
+    await_chunk();
+
     RowSums<T> sums{};
-    int64_t top = kNoClass;
     if (sums_up) {
       PartSums<T> all;
-      for (int64_t from = begin; from < end; from += plan.chunk) {
-        chunk = load(from);
+      for (;;) {
         add_chunk<kGeneral>(all, chunk, row, shared.max);
+        if (chunk.begin + plan.chunk >= end) break;
+        chunk = start(chunk.begin + plan.chunk);
+        await_chunk();
       }
       all = block_sums<kGeneral>(all, shared.warp);
       if (blocks > 1) all = cluster_sums(all, shared.part, rank, blocks);
-      const bool has_q =
-          row.side == SideTarget::kSmoothing || row.side == SideTarget::kProbabilities;
-      sums = {all.max, all.max == T(-INFINITY) ? T(NAN) : all.rest, has_q ? all.mass : all.log_sum,
-              all.side};
-      top = all.top;
+      sums = all.row_sums(row.side);
+      row.top = all.top;
     } else {
       sums = {job.state_in[3 * r], job.state_in[3 * r + 1], job.state_in[3 * r + 2], T(0)};
     }
     if (threadIdx.x < 32) {
-      finish_device_row<kGeneral>(job, r, row, sums, top, writes);
+      finish_device_row<kGeneral>(job, r, row, sums, row.top, writes);
       if (threadIdx.x == 0) {
         shared.row_max = sums.max;
-        shared.row_top = top;
+        shared.row_top = row.top;
         shared.row_result = row.result;
       }
     }
@@ -312,9 +323,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(accumulate_t<scalar_t>) 
     row.top = shared.row_top;
     row.result = shared.row_result;
     if (!out) continue;
-    for (int64_t count = (end - begin + plan.chunk - 1) / plan.chunk; count > 0; --count) {
-      const int64_t from = begin + (count - 1) * plan.chunk;  // the last chunk may be there yet
-      if (chunk.begin != from) chunk = load(from);
+    for (int64_t k = 0; k < chunks; ++k) {  // the one that is there comes first
+      const int64_t from = begin + (sums_up ? chunks - 1 - k : k) * plan.chunk;
+      if (chunk.begin != from) {
+        chunk = start(from);
+        await_chunk();
+      }
       write_gradient<kGeneral>(out + from, chunk, row, max);
     }
   }

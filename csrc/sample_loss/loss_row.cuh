@@ -175,7 +175,7 @@ struct DeviceRow {
 template <bool kGeneral, typename scalar_t, typename grad_t, typename T>
 __device__ DeviceRow<T> device_row(const LossJob<scalar_t, grad_t>& job, int64_t r,
                                    const DeviceTarget<T>& target) {
-  DeviceRow<T> row;
+  DeviceRow<T> row{};
   row.target = target;
   row.side = kGeneral ? job.spec.side() : SideTarget::kNone;
   row.q = side_weights(job, r);

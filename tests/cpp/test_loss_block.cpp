@@ -212,7 +212,7 @@ TEST(LossBlock, RowsBeyondSharedMemoryAreReadTwice) {
       Batch<double> want(3, 5003);
       Device<float> got(kCases[i], want, {1, 2, 1});
       const int64_t share = blocks == 1 ? 5004 : 2504;
-      const LossPlan plan{blocks, share, 1000};
+      const LossPlan plan{blocks, share, 1000, blocks == 2};
       expect_float64(got, want, plan);
       const std::vector<float> once = got.grad;
       auto job = got.job();
@@ -233,7 +233,7 @@ TEST(LossBlock, TheBitsOfARowAreItsOwn) {
          {Layout{0, 0, 3}, Layout{1, 0, 1}, Layout{2, 3, 2}, Layout{7, 1, 4}}) {
       Batch<double> batch(4, 9001);
       Device<__nv_bfloat16> got(c, batch, layout);
-      const LossPlan plan{2, 4504, 4504};
+      const LossPlan plan{2, 4504, 4504, layout.offset == 1};
       got.run(got.job(), plan);
       const auto bits = [&] {
         std::vector<uint16_t> all;
@@ -263,6 +263,17 @@ TEST(LossBlock, TheBitsOfARowAreItsOwn) {
       EXPECT_EQ(bits(), grad) << c.name;
     }
   }
+}
+
+// The arg max of the hard bootstrap is the first of many, of whatever block.
+TEST(LossBlock, EqualLogits) {
+  Batch<double> want(2, 40'001);
+  std::fill(want.logits.begin(), want.logits.end(), 1.0);
+  std::fill_n(want.logits.begin() + want.classes, 30'000, 0.5);  // the second block's first
+  Device<__nv_bfloat16> got(kCases[7], want);
+  const LossPlan plan = hopper<__nv_bfloat16>(want.classes);
+  ASSERT_EQ(plan.blocks, 2);
+  expect_float64(got, want, plan);
 }
 
 TEST(LossBlock, OneRowRepeated) {

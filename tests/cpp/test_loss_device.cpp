@@ -64,7 +64,7 @@ void run_in_registers(const LossJob<float>& job) {
 template <int kBlocks>
 void run_by_block(const LossJob<float>& job, int64_t chunk) {
   const int64_t share = (job.classes + 4 * kBlocks - 1) / (4 * kBlocks) * 4;
-  const LossPlan plan{kBlocks, share, std::min(chunk, share)};
+  const LossPlan plan{kBlocks, share, std::min(chunk, share), kBlocks > 1};
   emulated::launch(
       2 * kBlocks, kBlockThreads,
       [&] {
