@@ -2,6 +2,7 @@
 
 from als_ext import baselines, ops
 from als_ext._library import __version__, build_info
+from als_ext.als_lc import AlsLc
 from als_ext.config import TrainConfig
 from als_ext.correction import (
     CorrectionConfig,
@@ -15,6 +16,7 @@ from als_ext.weights import SampleWeights
 
 __all__ = [
     "ALSO",
+    "AlsLc",
     "CorrectionConfig",
     "CorrectionResult",
     "LabelCorrector",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from als_ext.augment import MODES as AUGMENT_MODES
 from als_ext.correction import CorrectionConfig
 from als_ext.ops._checks import check_choice, check_float, check_int
 from als_ext.runtime import AMP_MODES
@@ -35,6 +36,9 @@ class TrainConfig:
         seed: seed of the order of the batches and of torch's global generators, >= 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         amp: "off", "bf16" (autocast) or "f16" (autocast with a gradient scaler).
+        augment: "affine" trains on random affine views of images (:mod:`als_ext.augment`), "none"
+            on the samples as they are; "auto" is "affine" for "als-lc" where the samples are a
+            tensor of images of 12 x 12 and more, else "none".
         deterministic: ask torch for deterministic algorithms while training.
         embedding: name of the layer whose output is the embedding (``model.get_submodule``); None
             takes the model's own ``embed`` function.
@@ -65,6 +69,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     amp: str = "off"
+    augment: str = "auto"
     deterministic: bool = True
     embedding: str | None = None
     also: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +93,7 @@ class TrainConfig:
         check_float("weight_decay", self.weight_decay, low=0.0)
         check_choice("lr_schedule", self.lr_schedule, ("cosine", "constant"))
         check_choice("amp", self.amp, AMP_MODES)
+        check_choice("augment", self.augment, AUGMENT_MODES)
 
     @classmethod
     def recommended(cls, n: int, **settings: Any) -> TrainConfig:

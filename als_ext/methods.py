@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from als_ext.augment import RandomAffine
 from als_ext.config import TrainConfig
-from als_ext.correction import LabelCorrector
 from als_ext.embedding import make_embedder
 from als_ext.metrics import Record
 from als_ext.ops import sample_loss, weighted_loss
@@ -48,6 +48,8 @@ class Task:
             where nobody gave any.
         clean_index: int64 [m] on ``device``, where these samples are in the training set; None
             where nobody said.
+        images: whether the samples are a tensor of images [n, C, H, W], H and W >= 12.
+        augment: makes the views to train on; None where the samples themselves are trained on.
     """
 
     model: nn.Module
@@ -58,6 +60,8 @@ class Task:
     collect: Collect
     clean: tuple[Tensor, Tensor] | None = None
     clean_index: Tensor | None = None
+    images: bool = False
+    augment: RandomAffine | None = None
 
     def embeddings(self) -> Tensor:
         """Embeddings float32 [n, D] of all training samples, in order, on ``device``."""
@@ -84,6 +88,7 @@ class Method(ABC):
     corrects: ClassVar[bool] = False  # whether it needs embeddings and may change labels
     trains: ClassVar[bool] = True  # whether there are steps; without, an epoch is after_epoch alone
     needs_clean: ClassVar[bool] = False  # whether it needs samples whose labels are known
+    augments: ClassVar[bool] = False  # whether it trains on random views unless told otherwise
     Settings: ClassVar[type[Any]] = NoSettings
 
     def __init_subclass__(cls, name: str | None = None, **arguments: Any) -> None:
@@ -113,14 +118,21 @@ class Method(ABC):
                 )
         cls.Settings(**config.settings)
 
-    @classmethod
-    def epochs(cls, config: TrainConfig) -> int:
+    def epochs(self) -> int:
         """Epochs of the whole run; more than ``config.epochs`` where it trains more than once."""
-        return config.epochs
+        return self.task.config.epochs
+
+    def learns_labels(self, epoch: int) -> bool:
+        """Whether this epoch, from 1, trains the classifier: then its test accuracy is measured."""
+        return True
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0."""
         return self.task.config.lr_at(step, steps_per_epoch)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What a step gets for the inputs [B, ...] of a batch."""
+        return x if self.task.augment is None else self.task.augment(x)
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C] of inputs, in eval mode: the largest is the predicted class."""
@@ -136,7 +148,7 @@ class Method(ABC):
         """Train on a batch without waiting for the device.
 
         Args:
-            x: [B, ...] inputs.
+            x: [B, ...], what :meth:`inputs` made of the inputs.
             label: int64 [B].
             index: int64 [B], positions of the samples in the training set.
 
@@ -277,6 +289,12 @@ class Correcting(Method):
                 f"got {config.epochs}"
             )
 
+    def due(self, epoch: int) -> bool:
+        """Whether a correction comes after this epoch, if they have not ended."""
+        config = self.task.config
+        after = epoch - config.warmup
+        return after >= 0 and epoch < config.epochs and after % config.period == 0
+
     @abstractmethod
     def relabels(self, epoch: int) -> Relabels:
         """One correction of ``task.labels``, which it leaves as they are."""
@@ -286,16 +304,15 @@ class Correcting(Method):
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
-        config = self.task.config
-        due = config.warmup <= epoch < config.epochs and not (epoch - config.warmup) % config.period
-        if not due or self._converged:
+        if self._converged or not self.due(epoch):
             return {}
+        stop_share = self.task.config.correction.stop_share
         labels = self.task.labels
         label, suspect, share, margin = self.relabels(epoch)
         changed = (label.to(labels.device) != labels).nonzero()[:, 0]
         labels.copy_(label)
         self.relabelled(changed.to(self.task.device))
-        self._converged = len(changed) / len(labels) < config.correction.stop_share
+        self._converged = len(changed) / len(labels) < stop_share
         self._report = {"share": share.cpu(), "margin": margin.cpu(), "suspect": suspect.cpu()}
         return {"suspects": int(suspect.sum())}
 
@@ -312,33 +329,3 @@ class Correcting(Method):
     def report(self) -> dict[str, Tensor] | None:
         """share, margin and suspect [n] of the last correction."""
         return self._report
-
-
-class AlsLc(Correcting, Also, name="als-lc"):
-    """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
-
-    The corrector gets the embeddings and log pi as the scores. Training goes on with its labels; pi
-    of the relabelled samples starts again, since its history belongs to the old label.
-    """
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
-
-    def relabels(self, epoch: int) -> Relabels:
-        """A step of the corrector."""
-        result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
-        return Relabels(result.new_label, result.suspect, result.share, result.margin)
-
-    def relabelled(self, index: Tensor) -> None:
-        """pi of these samples starts again."""
-        self.optimizer.weights.reset_(index)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizer and pi, the corrector, the last report."""
-        return {**super().state_dict(), "corrector": self.corrector.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore all of it."""
-        super().load_state_dict(state)
-        self.corrector.load_state_dict(state["corrector"])

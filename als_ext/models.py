@@ -77,10 +77,10 @@ class SmallCNN(_EmbeddingClassifier):
     def embed(self, x: Tensor) -> Tensor:
         """The penultimate activations [B, 128], from which neighbours are found.
 
-        Without gradients on a CPU the images go through in channels-last order: PyTorch pools those
-        with vector instructions and others one by one. The last bits may differ.
+        On a CPU the images go through in channels-last order: PyTorch pools those with vector
+        instructions and others one by one.
         """
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
+        if x.device.type == "cpu":
             x = x.to(memory_format=torch.channels_last)  # contiguous() leaves one channel alone
         return super().embed(x)
 

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from als_ext.augment import RandomAffine, are_images
 from als_ext.checkpoint import (
     check_same_settings,
     load_checkpoint,
@@ -36,6 +37,10 @@ from als_ext.weights import SampleWeights
 # The activations of a larger batch are more than malloc keeps: on a CPU each is paged in anew.
 _EVAL_BATCH = 256
 CHECKPOINT = "checkpoint.pt"
+
+
+def _digest(labels: Tensor) -> str:
+    return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +122,6 @@ class Trainer:
         self.model = model
         self._kind = METHODS[self.config.method]
         self._kind.check(self.config)
-        self._epochs = self._kind.epochs(self.config)
         if self._kind.corrects:
             make_embedder(model, self.config.embedding)  # says now what would fail after a warm-up
         self._out = None if out is None else Path(out)
@@ -134,7 +138,7 @@ class Trainer:
         clean: tuple[Tensor, ...] | None = None,
         resume: bool = False,
     ) -> TrainResult:
-        """Train for ``config.epochs`` epochs; twice that for methods that train twice.
+        """Train for ``config.epochs`` epochs; more where the method says so.
 
         Args:
             data: inputs [n, ...], which move to the device as a whole, or a map-style Dataset whose
@@ -161,6 +165,7 @@ class Trainer:
         """
         self._set_up(data, labels, test, true_labels, plain, clean)
         saved = self._open(resume)
+        self._epochs = self._method.epochs()
         total = self._epochs * len(self._batches)
         with (
             reproducible(self.config.seed, self.device, self.config.deterministic),
@@ -185,7 +190,7 @@ class Trainer:
                 lr = method.lr_at(done - 1, len(batches))
                 for group in method.optimizer.param_groups:
                     group["lr"] = lr
-                self._losses.index_copy_(0, index, method.step(x, label, index))
+                self._losses.index_copy_(0, index, method.step(method.inputs(x), label, index))
                 bar.step_to(done)
                 self._checkpoint_if_due(done)
             method.eval_mode()
@@ -236,6 +241,10 @@ class Trainer:
             test = (test[0], test_labels)
         self._test = test
         known, positions = self._check_clean(clean, n)
+        images = isinstance(data, Tensor) and are_images(data.shape)
+        affine = config.augment == "affine" or (
+            config.augment == "auto" and images and self._kind.augments
+        )
         self._method = self._kind(
             Task(
                 model=self.model.to(device),
@@ -246,13 +255,16 @@ class Trainer:
                 collect=self._collect,
                 clean=known,
                 clean_index=positions,
+                images=images,
+                augment=RandomAffine() if affine else None,
             )
         )
         self._losses = torch.zeros(n, device=device)
         self._history: list[Record] = []
         self._elapsed = 0.0  # seconds of the runs that this one resumes
-        digest = hashlib.sha256(self._given.numpy().tobytes()).hexdigest()
-        self._identity = {"samples": n, "labels sha256": digest}
+        self._identity = {"samples": n, "labels sha256": _digest(self._given)}
+        if known is not None:
+            self._identity["clean labels sha256"] = _digest(known[1].cpu())
 
     def _check_clean(
         self, clean: tuple[Tensor, ...] | None, n: int
@@ -357,7 +369,7 @@ class Trainer:
             shown += f": loss {loss:.4f}"
         record.update(
             epoch=epoch,
-            test_accuracy=self._test_accuracy(),
+            test_accuracy=self._test_accuracy() if self._method.learns_labels(epoch) else None,
             label_accuracy=label_metrics(self._given, labels, self._true)["label_accuracy_after"],
             changed=int((labels != self._given).sum()),
             seconds=self._seconds(),

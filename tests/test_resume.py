@@ -18,7 +18,7 @@ from als_ext import TrainConfig, Trainer
 from als_ext.checkpoint import load_checkpoint, save_checkpoint
 from als_ext.correction import CorrectionConfig
 from als_ext.methods import METHODS
-from als_ext.models import MLP
+from als_ext.models import MLP, SmallCNN
 
 CLASSES = 3
 N = 150
@@ -59,10 +59,12 @@ def fit(run, source=None, labels=None, **arguments):
     return run.fit(
         x if source is None else source,
         given if labels is None else labels,
-        test=(x, true),
-        true_labels=true,
-        clean=(x[:30], true[:30], torch.arange(30)),
-        **arguments,
+        **{
+            "test": (x, true),
+            "true_labels": true,
+            "clean": (x[:30], true[:30], torch.arange(30)),
+            **arguments,
+        },
     )
 
 
@@ -156,6 +158,26 @@ def test_every_method_resumes_exactly(tmp_path, settings):
     killed_at(trainer(tmp_path / "broken", **settings), 17)
     killed_at(trainer(tmp_path / "broken", **settings), 11, resume=True)  # and once more
     fit(trainer(tmp_path / "broken", **settings), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+# 10 steps an epoch: without labels, right after the first correction, on views
+@pytest.mark.parametrize("step", [7, 20, 33])
+def test_images_resume_exactly(tmp_path, step):
+    def run(name):
+        torch.manual_seed(0)
+        model = SmallCNN((1, 12, 12), CLASSES)
+        settings = {"pretrain": 2}
+        config = TrainConfig(
+            epochs=3, batch_size=16, device="cpu", checkpoint_steps=4, settings=settings
+        )
+        return Trainer(model, config, num_classes=CLASSES, out=tmp_path / name)
+
+    images = torch.randn(N, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    test = (images, data()[2])
+    fit(run("whole"), images, test=test)
+    killed_at(run("broken"), step, source=images, test=test)
+    fit(run("broken"), images, test=test, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 

@@ -463,7 +463,7 @@ def test_settings_are_checked(settings, error, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "sgd"}, "method: expected one of 'erm', 'also', 'als-lc'.*got 'sgd'"),
+        ({"method": "sgd"}, "method: expected one of 'erm', 'also'.*'als-lc'.*got 'sgd'"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
         ({"device": "mps"}, "device: expected auto, cpu or cuda"),
     ],

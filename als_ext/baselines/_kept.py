@@ -73,10 +73,9 @@ class Retrained(Kept):
         """How many there are."""
         return 2
 
-    @classmethod
-    def epochs(cls, config: TrainConfig) -> int:
+    def epochs(self) -> int:
         """Those of all stages."""
-        return cls.stages(config) * config.epochs
+        return self.stages(self.task.config) * self.task.config.epochs
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The schedule of one training, again in each stage."""

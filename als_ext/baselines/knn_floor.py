@@ -10,7 +10,6 @@ from torch.nn.functional import one_hot
 
 from als_ext import ops
 from als_ext.baselines._neighbours import check_k, choose_k
-from als_ext.config import TrainConfig
 from als_ext.methods import ERM, Task
 from als_ext.ops._checks import check_int
 
@@ -49,8 +48,7 @@ class KnnFloor(ERM, name="knn-floor"):
         check_k(self.settings.k, len(task.labels))
         self._space: tuple[Tensor, Tensor, Tensor, int] | None = None
 
-    @classmethod
-    def epochs(cls, config: TrainConfig) -> int:
+    def epochs(self) -> int:
         """One, for its record."""
         return 1
 

@@ -67,6 +67,7 @@ def compare(
     period: options.Period = None,
     device: options.Device = None,
     amp: options.AmpMode = None,
+    augment: options.Augment = None,
     jobs: Annotated[int, typer.Option(help="Cells at a time, each in a process.")] = 1,
     threads: options.Threads = None,
     checkpoint_seconds: options.CheckpointSeconds = 60.0,
@@ -100,6 +101,7 @@ def compare(
         "period": period,
         "device": device,
         "amp": amp,
+        "augment": augment,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if report_only:

@@ -34,8 +34,9 @@ SETTINGS = (  # of every cell, as for run
     "period",
     "device",
     "amp",
+    "augment",
 )
-_TEXTS = ("data_dir", "model", "embedding", "device", "amp")
+_TEXTS = ("data_dir", "model", "embedding", "device", "amp", "augment")
 
 
 def grid_of(given: dict[str, Any], words: list[str], saved: Grid | None) -> Grid:

@@ -44,6 +44,13 @@ Period = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda[:N].", show_default="auto")]
 AmpMode = Annotated[str | None, typer.Option(help="off, bf16 or f16.", show_default="off")]
+Augment = Annotated[
+    str | None,
+    typer.Option(
+        help="Random views of images: auto, affine or none.",
+        show_default="affine for als-lc on images",
+    ),
+]
 CheckpointSeconds = Annotated[
     float, typer.Option(help="Seconds between checkpoints inside an epoch.")
 ]

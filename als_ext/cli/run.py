@@ -71,6 +71,7 @@ def run(
     seed: Annotated[int | None, typer.Option(show_default="0")] = None,
     device: options.Device = None,
     amp: options.AmpMode = None,
+    augment: options.Augment = None,
     out: Annotated[
         Path | None,
         typer.Option(help="New folder for metrics, checkpoints, labels. Without it no file."),
@@ -104,6 +105,7 @@ def run(
         "seed": seed,
         "device": device,
         "amp": amp,
+        "augment": augment,
     }
     given = {name: value for name, value in given.items() if value is not None}
     settings = _settings(given, out, resume)

@@ -37,8 +37,9 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "device": "auto",
     "amp": "off",
+    "augment": "auto",
 }
-_OF_CONFIG = ("epochs", "batch_size", "lr", "warmup", "period", "seed", "device", "amp")
+_OF_CONFIG = ("epochs", "batch_size", "lr", "warmup", "period", "seed", "device", "amp", "augment")
 
 
 def check_methods(names: Collection[str], clean_per_class: int) -> None:

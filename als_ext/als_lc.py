@@ -1,0 +1,138 @@
+"""Label correction by weights and embeddings: the method that this project is about."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from als_ext.correction import LabelCorrector
+from als_ext.embedding import make_embedder
+from als_ext.methods import Also, Correcting, Relabels, Task
+from als_ext.metrics import Record
+from als_ext.ops._checks import check_int
+from als_ext.pretrain import Contrast
+
+_PRETRAIN = 3  # epochs; docs/results.md has what more of them give
+
+
+@dataclass(frozen=True)
+class AlsLcSettings:
+    """Settings of als-lc alone.
+
+    Args:
+        pretrain: epochs in which the embedding is learned without labels
+            (:class:`als_ext.pretrain.Contrast`), before all others and beside ``config.epochs``,
+            >= 0; None takes 3 where the samples are a tensor of images of 12 x 12 and more, else 0.
+    """
+
+    pretrain: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrain is not None:
+            check_int("pretrain", self.pretrain, low=0)
+
+
+class AlsLc(Correcting, Also, name="als-lc"):
+    """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
+
+    Where the samples are images the embedding is first learned without labels, so wrong ones cannot
+    bend it, and a first correction comes before the first step on labels. Later ones get embeddings
+    that were trained on corrected labels, and log pi as the scores; pi of relabelled samples starts
+    again, since its history belongs to the old label.
+    """
+
+    Settings = AlsLcSettings
+    augments = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
+        wanted: int | None = self.settings.pretrain
+        if wanted and not task.images:
+            raise ValueError(
+                "pretrain: expected 0 for samples that are not a tensor of images "
+                f"[n, C, H, W], H and W >= 12, got {wanted}"
+            )
+        self._pretrain = (_PRETRAIN if task.images else 0) if wanted is None else wanted
+        self._finished = 0  # epochs
+        self._contrast: Contrast | None = None
+
+    def epochs(self) -> int:
+        """Those without labels and those with."""
+        return self._pretrain + self.task.config.epochs
+
+    def learns_labels(self, epoch: int) -> bool:
+        """From the epochs without labels on."""
+        return epoch > self._pretrain
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """A half cosine without labels, then the schedule of the config from its beginning."""
+        before = self._pretrain * steps_per_epoch
+        if step >= before:
+            return super().lr_at(step - before, steps_per_epoch)
+        return self.task.config.lr * 0.5 * (1.0 + math.cos(math.pi * step / before))
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """As they are without labels, where each step makes two views of them."""
+        return super().inputs(x) if self._finished >= self._pretrain else x
+
+    def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        """A step of contrastive learning, or of ALSO."""
+        if self._finished >= self._pretrain:
+            return super().step(x, label, index)
+        if self._contrast is None:
+            with torch.no_grad():
+                width = make_embedder(self.task.model, self.task.config.embedding)(x[:1]).shape[1]
+            self._contrast = self._start(width)
+        return self._contrast.step(x, self.optimizer.param_groups[0]["lr"])
+
+    def _start(self, width: int) -> Contrast:
+        task = self.task
+        embed = make_embedder(task.model, task.config.embedding)
+        return Contrast(task.model.parameters(), embed, width, task.device, self.amp)
+
+    def after_epoch(self, epoch: int, losses: Tensor) -> Record:
+        """Correct the labels if it is time."""
+        self._finished = epoch
+        if epoch == self._pretrain:
+            self._contrast = None
+        return super().after_epoch(epoch, losses)
+
+    def due(self, epoch: int) -> bool:
+        """Right after the epochs without labels, then as without them."""
+        if self._pretrain and epoch <= self._pretrain:
+            return epoch == self._pretrain
+        return super().due(epoch - self._pretrain)
+
+    def relabels(self, epoch: int) -> Relabels:
+        """A step of the corrector; before the first step on labels pi has nothing to say."""
+        scores = self.scores() if self.learns_labels(epoch) else None
+        result = self.corrector.step(self.task.embeddings(), scores, epoch)
+        return Relabels(result.new_label, result.suspect, result.share, result.margin)
+
+    def relabelled(self, index: Tensor) -> None:
+        """pi of these samples starts again."""
+        self.optimizer.weights.reset_(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and pi, the corrector, the last report, the learning without labels."""
+        contrast = None if self._contrast is None else self._contrast.state_dict()
+        return {
+            **super().state_dict(),
+            "corrector": self.corrector.state_dict(),
+            "finished": self._finished,
+            "contrast": contrast,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore all of it."""
+        super().load_state_dict(state)
+        self.corrector.load_state_dict(state["corrector"])
+        self._finished = state["finished"]
+        if state["contrast"] is not None:
+            self._contrast = self._start(state["contrast"]["width"])
+            self._contrast.load_state_dict(state["contrast"])

@@ -1,0 +1,138 @@
+"""Random affine views: where each pixel comes from, what is drawn, what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from als_ext.augment import RandomAffine, are_images
+
+STILL = {"degrees": 0.0, "stretch": 0.0, "shear": 0.0, "shift": 0.0}
+
+
+def images(n=3, channels=2, height=14, width=18, seed=0, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(n, channels, height, width, generator=g).to(device)
+
+
+def read(image, row, column):
+    """Bilinear, in float64, 0 outside."""
+    top, left = math.floor(row), math.floor(column)
+    total = np.zeros(image.shape[0])
+    for r, c in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+        weight = (1 - abs(row - r)) * (1 - abs(column - c))
+        if 0 <= r < image.shape[1] and 0 <= c < image.shape[2]:
+            total += weight * image[:, r, c]
+    return total
+
+
+def reference(affine, x, seed):
+    """The definition, pixel by pixel, from the same draws."""
+    torch.manual_seed(seed)
+    draws = (2 * torch.rand(6, len(x)).double() - 1).numpy()
+    x = x.double().numpy()
+    background, out = x.min(), np.empty_like(x)
+    height, width = x.shape[2:]
+    for i, (angle, sx, sy, shear, right, down) in enumerate(draws.T):
+        phi = math.radians(affine.degrees) * angle
+        turn = np.array([[math.cos(phi), -math.sin(phi)], [math.sin(phi), math.cos(phi)]])
+        slant = np.array([[1, affine.shear * shear], [0, 1]])
+        stretch = np.diag([1 / (1 + affine.stretch * sx), 1 / (1 + affine.stretch * sy)])
+        for row in range(height):
+            for column in range(width):
+                centred = np.array([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1])
+                at = stretch @ slant @ turn @ centred
+                at += 2 * affine.shift * np.array([right, down])
+                c, r = ((at + 1) * np.array([width, height]) - 1) / 2
+                out[i, :, row, column] = read(x[i] - background, r, c) + background
+    return out
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [
+        RandomAffine(),
+        RandomAffine(degrees=90.0, stretch=0.5, shear=1.0, shift=0.5),
+        RandomAffine(**{**STILL, "shift": 0.2}),
+        RandomAffine(**{**STILL, "shear": 0.5}),
+    ],
+    ids=str,
+)
+def test_a_pixel_is_read_where_the_definition_says(affine):
+    x = images() + 0.5
+    torch.manual_seed(5)
+    views = affine(x)
+    np.testing.assert_allclose(views.numpy(), reference(affine, x, 5), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_have_the_same_views(dtype):
+    x = images(n=8).to(dtype)
+    torch.manual_seed(1)
+    views = RandomAffine()(x)
+    torch.manual_seed(1)
+    wanted = RandomAffine()(x.float())
+    assert views.dtype == dtype
+    close = 1e-5 if dtype == torch.float64 else 0.0  # 16 bits: the rounded float32 view
+    torch.testing.assert_close(views.double(), wanted.to(dtype).double(), atol=close, rtol=0)
+
+
+def test_without_ranges_nothing_moves():
+    torch.testing.assert_close(RandomAffine(**STILL)(images()), images(), atol=1e-6, rtol=0)
+
+
+def test_what_comes_in_from_outside_is_the_darkest_pixel():
+    x = torch.full((50, 1, 12, 12), -1.5)
+    x[0, 0, 5, 5] = 2.0
+    views = RandomAffine(degrees=30.0, shift=0.4)(x)
+    assert torch.equal(views[1:], x[1:])
+    assert float(views.min()) == -1.5
+
+
+def test_each_image_has_its_own_view_and_a_seed_repeats_them(device):
+    x = images(n=1, device=device).expand(6, -1, -1, -1)
+    affine = RandomAffine()
+    torch.manual_seed(3)
+    first = affine(x)
+    again = affine(x)
+    torch.manual_seed(3)
+    assert torch.equal(affine(x), first)
+    assert not torch.equal(again, first)
+    assert all(not torch.equal(first[0], view) for view in first[1:])
+    assert torch.equal(x[0].cpu(), images(n=1)[0])  # in its place
+
+
+def test_views_have_no_gradient_and_no_batch_is_no_trouble():
+    x = images().requires_grad_()
+    assert not RandomAffine()(x).requires_grad
+    assert RandomAffine()(x[:0]).shape == (0, 2, 14, 18)
+
+
+def test_images_are_told_by_their_shape():
+    assert are_images(torch.Size([5, 1, 12, 12]))
+    assert not are_images(torch.Size([5, 1, 11, 12]))
+    assert not are_images(torch.Size([5, 28, 28]))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.rand(4, 12, 12), r"augment: expected floating images.*\[4, 12, 12\]"),
+        (torch.ones(4, 1, 12, 12, dtype=torch.uint8), r"augment: expected floating.*uint8"),
+    ],
+)
+def test_other_inputs_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        RandomAffine()(bad)
+
+
+@pytest.mark.parametrize("name", ["degrees", "stretch", "shear", "shift"])
+def test_ranges_are_checked(name):
+    with pytest.raises(ValueError, match=name):
+        RandomAffine(**{name: -0.1})
+    with pytest.raises(TypeError, match=name):
+        RandomAffine(**{name: "wide"})
+    if name == "stretch":
+        with pytest.raises(ValueError, match="nothing is left"):
+            RandomAffine(stretch=1.0)
