@@ -4,6 +4,7 @@ from als_ext import baselines, ops
 from als_ext._library import __version__, build_info
 from als_ext.als_lc import AlsLc
 from als_ext.config import TrainConfig
+from als_ext.contrast import pretrain
 from als_ext.correction import (
     CorrectionConfig,
     CorrectionResult,
@@ -29,4 +30,5 @@ __all__ = [
     "build_info",
     "correct_labels",
     "ops",
+    "pretrain",
 ]

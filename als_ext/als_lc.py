@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from als_ext.contrast import EPOCHS, Contrast
 from als_ext.correction import LabelCorrector
 from als_ext.embedding import make_embedder
 from als_ext.methods import Also, Correcting, Relabels, Task
 from als_ext.metrics import Record
 from als_ext.ops._checks import check_int
-from als_ext.pretrain import Contrast
-
-_PRETRAIN = 3  # epochs; docs/results.md has what more of them give
+from als_ext.runtime import half_cosine
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class AlsLcSettings:
 
     Args:
         pretrain: epochs in which the embedding is learned without labels
-            (:class:`als_ext.pretrain.Contrast`), before all others and beside ``config.epochs``,
+            (:class:`als_ext.contrast.Contrast`), before all others and beside ``config.epochs``,
             >= 0; None takes 3 where the samples are a tensor of images of 12 x 12 and more, else 0.
     """
 
@@ -57,9 +54,10 @@ class AlsLc(Correcting, Also, name="als-lc"):
                 "pretrain: expected 0 for samples that are not a tensor of images "
                 f"[n, C, H, W], H and W >= 12, got {wanted}"
             )
-        self._pretrain = (_PRETRAIN if task.images else 0) if wanted is None else wanted
+        self._pretrain = (EPOCHS if task.images else 0) if wanted is None else wanted
         self._finished = 0  # epochs
-        self._contrast: Contrast | None = None
+        embed = make_embedder(task.model, task.config.embedding)
+        self._contrast = Contrast(task.model.parameters(), embed, task.device, self.amp)
 
     def epochs(self) -> int:
         """Those without labels and those with."""
@@ -74,7 +72,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
         before = self._pretrain * steps_per_epoch
         if step >= before:
             return super().lr_at(step - before, steps_per_epoch)
-        return self.task.config.lr * 0.5 * (1.0 + math.cos(math.pi * step / before))
+        return half_cosine(self.task.config.lr, step, before)
 
     def inputs(self, x: Tensor) -> Tensor:
         """As they are without labels, where each step makes two views of them."""
@@ -84,22 +82,11 @@ class AlsLc(Correcting, Also, name="als-lc"):
         """A step of contrastive learning, or of ALSO."""
         if self._finished >= self._pretrain:
             return super().step(x, label, index)
-        if self._contrast is None:
-            with torch.no_grad():
-                width = make_embedder(self.task.model, self.task.config.embedding)(x[:1]).shape[1]
-            self._contrast = self._start(width)
         return self._contrast.step(x, self.optimizer.param_groups[0]["lr"])
-
-    def _start(self, width: int) -> Contrast:
-        task = self.task
-        embed = make_embedder(task.model, task.config.embedding)
-        return Contrast(task.model.parameters(), embed, width, task.device, self.amp)
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
         self._finished = epoch
-        if epoch == self._pretrain:
-            self._contrast = None
         return super().after_epoch(epoch, losses)
 
     def due(self, epoch: int) -> bool:
@@ -120,12 +107,11 @@ class AlsLc(Correcting, Also, name="als-lc"):
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and pi, the corrector, the last report, the learning without labels."""
-        contrast = None if self._contrast is None else self._contrast.state_dict()
         return {
             **super().state_dict(),
             "corrector": self.corrector.state_dict(),
             "finished": self._finished,
-            "contrast": contrast,
+            "contrast": self._contrast.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,6 +119,4 @@ class AlsLc(Correcting, Also, name="als-lc"):
         super().load_state_dict(state)
         self.corrector.load_state_dict(state["corrector"])
         self._finished = state["finished"]
-        if state["contrast"] is not None:
-            self._contrast = self._start(state["contrast"]["width"])
-            self._contrast.load_state_dict(state["contrast"])
+        self._contrast.load_state_dict(state["contrast"])

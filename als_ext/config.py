@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from als_ext.augment import MODES as AUGMENT_MODES
 from als_ext.correction import CorrectionConfig
 from als_ext.ops._checks import check_choice, check_float, check_int
-from als_ext.runtime import AMP_MODES
+from als_ext.runtime import AMP_MODES, half_cosine
 
 # What may change between a run and its resumption: none of it changes a result.
 RESUME_MAY_CHANGE = frozenset({"checkpoint_seconds", "checkpoint_steps", "num_workers"})
@@ -114,7 +113,7 @@ class TrainConfig:
         if self.lr_schedule == "constant" or after < 0:
             return self.lr
         rest = (self.epochs - self.warmup) * steps_per_epoch
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * after / rest))
+        return half_cosine(self.lr, after, rest)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain types, as they stand in a checkpoint."""

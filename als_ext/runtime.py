@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected a device that is present, got {name!r} without CUDA")
     return device
+
+
+def half_cosine(lr: float, step: int, steps: int) -> float:
+    """``lr`` at step 0, falling to 0 at step ``steps``."""
+    return lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def derived_seed(seed: int, purpose: str) -> int:

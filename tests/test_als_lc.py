@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from als_ext import TrainConfig, Trainer, ops
+from als_ext import TrainConfig, Trainer, correct_labels, ops, pretrain
 from als_ext.augment import RandomAffine
+from als_ext.contrast import TEMPERATURE, Contrast
 from als_ext.embedding import make_embedder
 from als_ext.methods import METHODS
 from als_ext.models import MLP, SmallCNN
-from als_ext.pretrain import TEMPERATURE, Contrast
 from als_ext.runtime import Amp, reproducible
 
 CLASSES, N, SIDE = 3, 240, 16
@@ -56,23 +56,28 @@ def trainer(model=None, out=None, method="als-lc", **settings):
     return Trainer(model or net(), config, num_classes=CLASSES, out=out)
 
 
-def neighbours_agree(model, x, true, k=5):
-    """Mean share of the k nearest neighbours that are of a sample's class."""
+def embedding(model, x):
     model.eval()
     with torch.no_grad():
-        embedding = make_embedder(model)(x)
-    _, near = ops.knn(embedding, embedding, k, metric="cosine", exclude_self=True)
+        return make_embedder(model)(x)
+
+
+def neighbours_agree(model, x, true, k=5):
+    """Mean share of the k nearest neighbours that are of a sample's class."""
+    x = embedding(model, x)
+    _, near = ops.knn(x, x, k, metric="cosine", exclude_self=True)
     return float((true[near] == true[:, None]).double().mean())
 
 
 def test_the_loss_is_that_of_simclr(monkeypatch):
     first, second = shapes()[0][:7], shapes(seed=1)[0][:7]
     views = iter((first, second))
-    monkeypatch.setattr("als_ext.pretrain.VIEWS", lambda x: next(views))
+    monkeypatch.setattr("als_ext.contrast.VIEWS", lambda x: next(views))
     model = net()
     embed = make_embedder(model)
     torch.manual_seed(0)
-    contrast = Contrast(model.parameters(), embed, 128, CPU, Amp("off", CPU))
+    contrast = Contrast(model.parameters(), embed, CPU, Amp("off", CPU))
+    contrast._start(128)
     with torch.no_grad():
         z = contrast._projector(embed(torch.cat([first, second]))).double()
     z = z / z.norm(dim=1, keepdim=True)
@@ -94,7 +99,7 @@ def test_it_brings_samples_of_a_class_together_and_leaves_the_head_alone():
     before = neighbours_agree(model, x, true)
     with reproducible(0, CPU):
         model.train()
-        contrast = Contrast(model.parameters(), make_embedder(model), 128, CPU, Amp("off", CPU))
+        contrast = Contrast(model.parameters(), make_embedder(model), CPU, Amp("off", CPU))
         order = torch.cat([torch.randperm(N) for _ in range(10)])
         losses = [float(contrast.step(x[rows], 2e-3).mean()) for rows in order.split(60)]
     after = neighbours_agree(model, x, true)
@@ -107,7 +112,7 @@ def test_it_brings_samples_of_a_class_together_and_leaves_the_head_alone():
 def test_a_batch_of_one_sample_changes_nothing_but_moments():
     model = net()
     torch.manual_seed(0)
-    contrast = Contrast(model.parameters(), make_embedder(model), 128, CPU, Amp("off", CPU))
+    contrast = Contrast(model.parameters(), make_embedder(model), CPU, Amp("off", CPU))
     before = copy.deepcopy(model.state_dict())
     assert contrast.step(shapes()[0][:1], 1e-2).tolist() == [0.0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -159,6 +164,43 @@ def test_it_corrects_labels_that_a_third_of_the_samples_have_wrong():
     assert figures["label_accuracy_before"] < 0.74
     assert figures["label_accuracy_after"] > 0.93, figures
     assert result.test_accuracy > 0.93
+
+
+def test_pretrain_is_what_als_lc_does_first():
+    x, given, _ = shapes()
+    seen, _ = snapshots(given, settings={"pretrain": 2})
+    model = net()
+    before = torch.get_rng_state()
+    losses = pretrain(model, x, epochs=2, batch_size=32, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert losses[1] < losses[0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, seen[1][name]), name
+    result = correct_labels(embedding(model, x), given)
+    assert result.neighbours.shape[0] == N
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected"),
+        ({"batch_size": 0}, "batch_size: expected"),
+        ({"lr": 0.0}, "lr: expected"),
+        ({"seed": -1}, "seed: expected"),
+        ({"amp": "f8"}, "amp: expected"),
+        ({"layer": "trunk"}, "embedding: expected one of the layers"),
+        ({"images": torch.rand(5, 16)}, r"images: expected floating \[n, C, H, W\]"),
+        ({"images": torch.rand(0, 1, 16, 16)}, "expected at least one sample"),
+    ],
+    ids=str,
+)
+def test_pretrain_checks_its_arguments(settings, message):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        pretrain(model, **{"images": shapes()[0], **settings})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def views_seen(monkeypatch, run, x, given):
