@@ -1,4 +1,4 @@
-"""Random affine views of images: the augmentation of training, and of learning without labels."""
+"""Random views of images: affine ones to train on, disturbed ones to learn without labels from."""
 
 from __future__ import annotations
 
@@ -103,3 +103,63 @@ class RandomAffine:
         grid = F.affine_grid(matrix.to(exact.dtype), list(images.shape), align_corners=False)
         views = F.grid_sample(exact - background, grid, align_corners=False)
         return views.add_(background).to(images.dtype)
+
+
+@dataclass(frozen=True)
+class RandomDisturbance:
+    r"""Erases a rectangle of each image, changes its contrast and adds noise.
+
+    With the smallest pixel of the batch as background :math:`b` and the standard deviation
+    :math:`\sigma` of its pixels: pixels in a rectangle, whose sides are uniform shares of the
+    image's and which lies anywhere inside, become :math:`b`; then
+    :math:`x \leftarrow b + e^c (x - b) + s \sigma \varepsilon` with :math:`c` uniform in
+    [-contrast, contrast], :math:`s` uniform in [0, noise] for each image and :math:`\varepsilon`
+    normal for each pixel. Erasing is that of DeVries and Taylor 2017 (arXiv 1708.04552).
+
+    Args:
+        least, most: range of the rectangle's sides, shares in [0, 1].
+        contrast: >= 0.
+        noise: >= 0.
+
+    Raises:
+        TypeError: an argument that is no number.
+        ValueError: an argument out of its range.
+
+    Note:
+        Draws from torch's global generator of the images' device; no host synchronisation, no
+        gradients.
+
+    Example:
+        >>> import torch
+        >>> RandomDisturbance()(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 1, 28, 28])
+    """
+
+    least: float = 0.2
+    most: float = 0.6
+    contrast: float = 0.5
+    noise: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_float("least", self.least, low=0.0, high=1.0)
+        check_float("most", self.most, low=self.least, high=1.0)
+        check_float("contrast", self.contrast, low=0.0)
+        check_float("noise", self.noise, low=0.0)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Disturbed images [B, C, H, W], floating."""
+        count, _, height, width = images.shape
+        if images.numel() == 0:
+            return images
+        draw = torch.rand(6, count, 1, 1, 1, device=images.device).to(images.dtype)
+        tall, wide = self.least + (self.most - self.least) * draw[:2]
+        top, left = draw[2] * (1 - tall), draw[3] * (1 - wide)
+        row = torch.arange(height, device=images.device).view(-1, 1) / height
+        column = torch.arange(width, device=images.device) / width
+        erased = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
+        background = images.amin()
+        rest = (images - background).masked_fill(erased, 0.0)
+        factor = (self.contrast * (2 * draw[4] - 1)).exp()
+        scale = self.noise * images.std(correction=0) * draw[5]
+        return background + factor * rest + scale * torch.randn_like(images)

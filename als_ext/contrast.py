@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from als_ext.augment import RandomAffine
+from als_ext.augment import RandomAffine, RandomDisturbance
 from als_ext.data import TensorBatches
 from als_ext.embedding import make_embedder
 from als_ext.ops import sample_loss
@@ -19,8 +19,8 @@ from als_ext.runtime import AMP_MODES, Amp, half_cosine, reproducible, resolve_d
 EPOCHS = 3
 TEMPERATURE = 0.2
 _PROJECTED = 64
-# Stronger than for training: what two views do not share, the embedding learns to leave out.
-VIEWS = RandomAffine(degrees=25.0, stretch=0.25, shear=0.3, shift=0.12)
+# What two views do not share, the embedding learns to leave out.
+_MOVE, _DISTURB = RandomAffine(), RandomDisturbance()
 
 
 def pretrain(
@@ -99,6 +99,11 @@ def pretrain(
     return losses
 
 
+def view(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] as they might have been as well."""
+    return _DISTURB(_MOVE(images))
+
+
 class Contrast:
     r"""Contrastive training of an embedding: SimCLR, Chen et al. 2020 (arXiv 2002.05709), eq. 1.
 
@@ -108,8 +113,8 @@ class Contrast:
     .. math:: \ell_i = -\log \frac{\exp(z_i^\top z_{p(i)} / T)}
               {\sum_{j \ne i} \exp(z_i^\top z_j / T)}, \qquad T = 0.2.
 
-    The projection serves this alone and is thrown away. Views are random affine ones
-    (:class:`als_ext.augment.RandomAffine`): the source's colours and crops are for photographs.
+    The projection serves this alone and is thrown away. Views are moved and disturbed
+    (:mod:`als_ext.augment`): the source's crops, flips and colours are for photographs.
 
     Args:
         parameters: those of the model; the ones that do not lead to the embedding stay.
@@ -149,7 +154,7 @@ class Contrast:
         """
         count = len(x)
         with self._amp.autocast():
-            embedding = self._embed(torch.cat([VIEWS(x), VIEWS(x)]))
+            embedding = self._embed(torch.cat([view(x), view(x)]))
         if self._width is None:
             self._start(embedding.shape[1])
         z = F.normalize(self._projector(embedding.float()), dim=1)

@@ -1,11 +1,14 @@
-"""Embeddings of a model: its own ``embed`` function, or the output of a named layer."""
+"""Embeddings: a model's own ``embed``, the output of a named layer, or principal components."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+_BLOCK = 4096  # rows in float64 at a time
 
 
 def make_embedder(model: nn.Module, layer: str | None = None) -> Callable[[Tensor], Tensor]:
@@ -65,3 +68,25 @@ def make_embedder(model: nn.Module, layer: str | None = None) -> Callable[[Tenso
 
 def _flat(embedding: Tensor) -> Tensor:
     return embedding.flatten(1).float()
+
+
+def principal_axes(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean [D] and the first ``count`` eigenvectors [D, P] of the covariance of rows x [n, D].
+
+    In float64, block by block; D x D in memory.
+    """
+    parts = torch.split(x, _BLOCK)
+    mean = sum((part.double().sum(0) for part in parts), start=x.new_zeros((), dtype=torch.float64))
+    mean = mean / len(x)
+    scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for part in parts:
+        centred = part.double() - mean
+        scatter.addmm_(centred.T, centred)
+    vectors = torch.linalg.eigh(scatter).eigenvectors  # ascending
+    return mean, vectors.flip(1)[:, :count].contiguous()
+
+
+def project(x: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
+    """Coordinates float32 [n, P] of inputs [n, ...] on axes [D, P]."""
+    parts = torch.split(x.flatten(1), _BLOCK)
+    return torch.cat([((part.double() - mean) @ axes).float() for part in parts])

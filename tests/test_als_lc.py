@@ -72,7 +72,7 @@ def neighbours_agree(model, x, true, k=5):
 def test_the_loss_is_that_of_simclr(monkeypatch):
     first, second = shapes()[0][:7], shapes(seed=1)[0][:7]
     views = iter((first, second))
-    monkeypatch.setattr("als_ext.contrast.VIEWS", lambda x: next(views))
+    monkeypatch.setattr("als_ext.contrast.view", lambda x: next(views))
     model = net()
     embed = make_embedder(model)
     torch.manual_seed(0)

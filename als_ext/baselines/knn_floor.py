@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from als_ext import ops
 from als_ext.baselines._neighbours import check_k, choose_k
+from als_ext.embedding import principal_axes, project
 from als_ext.methods import ERM, Task
 from als_ext.ops._checks import check_int
 
@@ -58,7 +58,7 @@ class KnnFloor(ERM, name="knn-floor"):
             self._space = self._fit()
         mean, axes, database, k = self._space
         task = self.task
-        distance, index = ops.knn(_project(x, mean, axes), database, k)
+        distance, index = ops.knn(project(x, mean, axes), database, k)
         winner, _, _ = ops.knn_vote(distance, index, task.labels.to(x.device), task.num_classes)
         return one_hot(winner, task.num_classes).float()
 
@@ -66,31 +66,8 @@ class KnnFloor(ERM, name="knn-floor"):
         """Mean [D] and axes [D, P] in float64, projected training inputs [n, P], k."""
         task = self.task
         x = task.collect(lambda batch: batch.flatten(1))
-        mean, axes = _principal_axes(x, self.settings.components)
-        database = torch.cat([_project(part, mean, axes) for part in torch.split(x, _BLOCK)])
+        mean, axes = principal_axes(x, self.settings.components)
+        database = project(x, mean, axes)
         label = task.labels.to(x.device)
         k = choose_k(database, label, task.num_classes, self.settings.k, "l2")
         return mean, axes, database, k
-
-
-_BLOCK = 4096  # rows in float64 at a time
-
-
-def _principal_axes(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean [D] and the first ``count`` eigenvectors [D, P] of the covariance, in float64.
-
-    Block by block; D x D in memory.
-    """
-    parts = torch.split(x, _BLOCK)
-    mean = sum((part.double().sum(0) for part in parts), start=x.new_zeros((), dtype=torch.float64))
-    mean = mean / len(x)
-    scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for part in parts:
-        centred = part.double() - mean
-        scatter.addmm_(centred.T, centred)
-    vectors = torch.linalg.eigh(scatter).eigenvectors  # ascending
-    return mean, vectors.flip(1)[:, :count].contiguous()
-
-
-def _project(x: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
-    return ((x.flatten(1).double() - mean) @ axes).float()
