@@ -5,16 +5,18 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import interpolate, normalize
 
-from als_ext import TrainConfig, Trainer, correct_labels, ops, pretrain
+from als_ext import TrainConfig, Trainer, correct_labels, pretrain
 from als_ext.augment import RandomAffine
-from als_ext.contrast import TEMPERATURE, Contrast
+from als_ext.contrast import TEMPERATURE, Contrast, view
+from als_ext.data import load_dataset
 from als_ext.embedding import make_embedder
 from als_ext.methods import METHODS
 from als_ext.models import MLP, SmallCNN
-from als_ext.runtime import Amp, reproducible
+from als_ext.runtime import Amp
 
-CLASSES, N, SIDE = 3, 240, 16
+CLASSES, N, SIDE = 10, 240, 16
 CPU = torch.device("cpu")
 
 
@@ -27,21 +29,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def shapes(n=N, seed=0, wrong=0.3):
-    """Drawings of three kinds, each turned, stretched and shifted; given and true labels."""
-    true = torch.arange(n) % CLASSES
-    kinds = torch.zeros(CLASSES, 1, SIDE, SIDE)
-    kinds[0, 0, 3:13, 7:9] = 1  # a stroke
-    kinds[1, 0, 4:12, 4:12] = 1
-    kinds[1, 0, 6:10, 6:10] = 0  # a frame
-    kinds[2, 0, 7:9, 3:13] = 1
-    kinds[2, 0, 3:13, 7:9] = 1  # a cross
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        x = RandomAffine(degrees=30.0, stretch=0.2, shear=0.2, shift=0.15)(kinds[true])
-        x += 0.2 * torch.randn(x.shape)
-        flip = torch.rand(n) < wrong
-    return x, torch.where(flip, (true + 1) % CLASSES, true), true
+def digits(n=N, seed=0, wrong=0.3):
+    """Real digits, of 16 x 16 pixels; given labels of which a share is wrong, true labels."""
+    data = load_dataset("digits")
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(data.y_train), generator=g)[:n]
+    x = interpolate(data.x_train[rows].view(-1, 1, 8, 8), size=(SIDE, SIDE), mode="bilinear")
+    true = data.y_train[rows]
+    flip = torch.rand(n, generator=g) < wrong
+    return (x - x.mean()) / x.std(), torch.where(flip, (true + 1) % CLASSES, true), true
 
 
 def net(seed=0):
@@ -62,15 +58,18 @@ def embedding(model, x):
         return make_embedder(model)(x)
 
 
-def neighbours_agree(model, x, true, k=5):
-    """Mean share of the k nearest neighbours that are of a sample's class."""
-    x = embedding(model, x)
-    _, near = ops.knn(x, x, k, metric="cosine", exclude_self=True)
-    return float((true[near] == true[:, None]).double().mean())
+def partners_nearer(model, x):
+    """How often a view is nearer to the other of its image than to one of another image."""
+    torch.manual_seed(7)
+    z = normalize(embedding(model, torch.cat([view(x), view(x)])), dim=1)
+    cosine = z @ z.T
+    at = torch.arange(2 * len(x))
+    partner = cosine[at, at.roll(len(x))]
+    return float((cosine < partner[:, None]).double().mean())
 
 
 def test_the_loss_is_that_of_simclr(monkeypatch):
-    first, second = shapes()[0][:7], shapes(seed=1)[0][:7]
+    first, second = digits()[0][:7], digits(seed=1)[0][:7]
     views = iter((first, second))
     monkeypatch.setattr("als_ext.contrast.view", lambda x: next(views))
     model = net()
@@ -92,19 +91,15 @@ def test_the_loss_is_that_of_simclr(monkeypatch):
     )
 
 
-def test_it_brings_samples_of_a_class_together_and_leaves_the_head_alone():
-    x, _, true = shapes()
+def test_views_of_unseen_images_find_each_other_and_the_head_is_left_alone():
+    x, _, _ = digits(n=600)
     model = net()
     head = copy.deepcopy(model.head.state_dict())
-    before = neighbours_agree(model, x, true)
-    with reproducible(0, CPU):
-        model.train()
-        contrast = Contrast(model.parameters(), make_embedder(model), CPU, Amp("off", CPU))
-        order = torch.cat([torch.randperm(N) for _ in range(10)])
-        losses = [float(contrast.step(x[rows], 2e-3).mean()) for rows in order.split(60)]
-    after = neighbours_agree(model, x, true)
-    assert after > before + 0.1, (before, after)  # .72 to .91 on seed 0
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    before = partners_nearer(model, x[400:])
+    losses = pretrain(model, x[:400], epochs=12, batch_size=50, lr=2e-3, device="cpu")
+    after = partners_nearer(model, x[400:])
+    assert after > before + 0.1, (before, after)  # .64 to .84; .15 more on two other seeds
+    assert losses[-1] < 0.8 * losses[0]
     for name, value in model.head.state_dict().items():
         assert torch.equal(value, head[name])
 
@@ -114,13 +109,13 @@ def test_a_batch_of_one_sample_changes_nothing_but_moments():
     torch.manual_seed(0)
     contrast = Contrast(model.parameters(), make_embedder(model), CPU, Amp("off", CPU))
     before = copy.deepcopy(model.state_dict())
-    assert contrast.step(shapes()[0][:1], 1e-2).tolist() == [0.0]
+    assert contrast.step(digits()[0][:1], 1e-2).tolist() == [0.0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def snapshots(given, **settings):
     """The weights after each epoch, and the result."""
-    x, _, true = shapes()
+    x, _, true = digits()
     run, seen = trainer(**settings), []
     method = METHODS["als-lc"]
     original = method.after_epoch
@@ -136,7 +131,7 @@ def snapshots(given, **settings):
 
 
 def test_labels_play_no_part_until_the_first_correction():
-    _, given, true = shapes()
+    _, given, true = digits()
     settings = {"settings": {"pretrain": 2}}
     (first, result), (second, _) = snapshots(given, **settings), snapshots(true, **settings)
     for epoch in (0, 1):
@@ -156,18 +151,21 @@ def test_labels_play_no_part_until_the_first_correction():
 
 
 def test_it_corrects_labels_that_a_third_of_the_samples_have_wrong():
-    x, given, true = shapes(n=600)
-    result = trainer(epochs=4, settings={"pretrain": 12}, lr=2e-3).fit(
+    x, given, true = digits(n=1000)
+    result = trainer(epochs=4, settings={"pretrain": 4}, lr=2e-3).fit(
         x, given, test=(x, true), true_labels=true
     )
     figures = result.label_metrics
     assert figures["label_accuracy_before"] < 0.74
     assert figures["label_accuracy_after"] > 0.93, figures
     assert result.test_accuracy > 0.93
+    first = next(record for record in result.history if record["suspects"] is not None)
+    assert first["epoch"] == 4
+    assert first["label_accuracy"] > 0.9
 
 
 def test_pretrain_is_what_als_lc_does_first():
-    x, given, _ = shapes()
+    x, given, _ = digits()
     seen, _ = snapshots(given, settings={"pretrain": 2})
     model = net()
     before = torch.get_rng_state()
@@ -199,7 +197,7 @@ def test_pretrain_checks_its_arguments(settings, message):
     model = net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        pretrain(model, **{"images": shapes()[0], **settings})
+        pretrain(model, **{"images": digits()[0], **settings})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -230,12 +228,12 @@ def views_seen(monkeypatch, run, x, given):
     ids=str,
 )
 def test_views_are_made_where_asked_for(monkeypatch, method, settings, views):
-    x, given, _ = shapes()
+    x, given, _ = digits()
     assert views_seen(monkeypatch, trainer(method=method, **settings), x, given) == views
 
 
 def test_samples_that_are_no_images_are_taken_as_they_are(monkeypatch):
-    x, given, _ = shapes()
+    x, given, _ = digits()
     x = x.flatten(1)[:, :20]
     run = trainer(MLP((20,), CLASSES))
     assert views_seen(monkeypatch, run, x, given) == 0

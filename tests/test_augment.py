@@ -1,4 +1,4 @@
-"""Random affine views: where each pixel comes from, what is drawn, what is refused."""
+"""Random views: where each pixel comes from, what is drawn, what is refused."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from als_ext.augment import RandomAffine, are_images
+from als_ext.augment import RandomAffine, RandomDisturbance, are_images
 
 STILL = {"degrees": 0.0, "stretch": 0.0, "shear": 0.0, "shift": 0.0}
 
@@ -136,3 +136,54 @@ def test_ranges_are_checked(name):
     if name == "stretch":
         with pytest.raises(ValueError, match="nothing is left"):
             RandomAffine(stretch=1.0)
+
+
+def test_a_disturbance_is_what_the_definition_says():
+    x = images(n=40, channels=1) + 1
+    change = RandomDisturbance(least=0.2, most=0.6, contrast=0.5, noise=0.0)
+    torch.manual_seed(0)
+    out = change(x)
+    torch.manual_seed(0)
+    draw = torch.rand(6, 40)
+    background = float(x.min())
+    for i in range(40):
+        tall, wide = 0.2 + 0.4 * float(draw[0, i]), 0.2 + 0.4 * float(draw[1, i])
+        top, left = float(draw[2, i]) * (1 - tall), float(draw[3, i]) * (1 - wide)
+        factor = math.exp(0.5 * (2 * float(draw[4, i]) - 1))
+        wanted = background + factor * (x[i, 0] - background)
+        for row in range(14):
+            for column in range(18):
+                if top <= row / 14 < top + tall and left <= column / 18 < left + wide:
+                    wanted[row, column] = background
+        torch.testing.assert_close(out[i, 0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_in_units_of_the_images_spread():
+    x = 10 * images(n=400, channels=1)
+    change = RandomDisturbance(least=0.0, most=0.0, contrast=0.0, noise=0.5)
+    torch.manual_seed(0)
+    noise = (change(x) - x).flatten(1).std(dim=1) / x.std()
+    assert float(noise.max()) == pytest.approx(0.5, rel=0.1)
+    assert float(noise.mean()) == pytest.approx(0.25, rel=0.1)
+    assert float(noise.min()) < 0.02
+
+
+def test_without_ranges_nothing_is_disturbed():
+    nothing = RandomDisturbance(least=0.0, most=0.0, contrast=0.0, noise=0.0)
+    torch.testing.assert_close(nothing(images()), images())
+    assert nothing(images()[:0]).shape == (0, 2, 14, 18)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"least": -0.1}, "least"),
+        ({"least": 0.7}, "most"),
+        ({"most": 1.1}, "most"),
+        ({"contrast": -1.0}, "contrast"),
+        ({"noise": -1.0}, "noise"),
+    ],
+)
+def test_ranges_of_a_disturbance_are_checked(settings, name):
+    with pytest.raises(ValueError, match=name):
+        RandomDisturbance(**settings)
