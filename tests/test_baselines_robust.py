@@ -74,7 +74,12 @@ def test_they_memorise_less_than_erm(method, erm):
 
 
 @pytest.mark.parametrize("method", ROBUST)
-def test_the_callers_generator_stays_where_it_is(method):
+def test_the_callers_generators_stay_where_they_are(method, monkeypatch):
+    def seeds_cuda(_seed):
+        raise AssertionError("the caller's generators on CUDA were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds_cuda)
+    mentor.predefined_mentor.cache_clear()  # learned by an earlier test
     before = torch.get_rng_state()
     METHODS[method](task(method, MLP((FEATURES,), CLASSES), **NEEDED.get(method, {})))
     after = torch.get_rng_state()

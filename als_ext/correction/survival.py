@@ -94,9 +94,7 @@ class _Regions:
         own = (self._voter[:, None] == block).float()
         return self._graph.total(own, self._region).double()
 
-    def labels(
-        self, rates: Sequence[float], spread: tuple[int, ...]
-    ) -> list[tuple[Tensor, float]]:
+    def labels(self, rates: Sequence[float], spread: tuple[int, ...]) -> list[tuple[Tensor, float]]:
         """For each rate the likeliest class of every row, and the mean of its log-likelihood."""
         label = [torch.zeros_like(self._voter) for _ in rates]
         best = [torch.full_like(row, -float("inf"), dtype=torch.float32) for row in label]
