@@ -145,6 +145,19 @@ def test_a_run_of_another_machine_is_not_resumed(quick_run, tmp_path, capsys):
     assert "machine" in capsys.readouterr().err
 
 
+def test_a_gpu_may_be_on_another_host_at_the_next_call(tmp_path):
+    fresh = record.head("table", {"device": "cuda", "quick": True})
+    fresh["machine"] |= {"gpu": "some", "gpu_memory_gib": 80.0}
+    path = tmp_path / "part.json"
+    host = {**fresh["machine"], "cpu": "another", "cores": 99, "threads": 99, "caches": {}}
+    record.write(path, {**fresh, "machine": host})
+    assert record.start(path, fresh, resume=True)["machine"] == host
+    for machine in ({**host, "gpu": "other"}, {**host, "gpu_memory_gib": 40.0}):
+        record.write(path, {**fresh, "machine": machine})
+        with pytest.raises(ValueError, match="would differ in machine"):
+            record.start(path, fresh, resume=True)
+
+
 def test_an_unknown_operation_is_bad_input(tmp_path, capsys):
     assert main(["--quick", "--only", "nothing", "--out", str(tmp_path / "a.json")]) == 2
     assert "nothing" in capsys.readouterr().err
