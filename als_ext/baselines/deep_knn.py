@@ -53,6 +53,7 @@ class DeepKnn(Retrained, name="deep-knn"):
     """
 
     Settings = DeepKnnSettings
+    takes_clean = True
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
