@@ -3,15 +3,11 @@
 import copy
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
-
-sys.path.append(str(Path(__file__).parent))
-
 from blobs import CLASSES, blobs, train, trainer
+from torch.utils.data import TensorDataset
 
 from als_ext import TrainConfig, Trainer
 from als_ext.baselines import DeepKnn, _neighbours, confident_learning, deep_knn, knn_relabel
@@ -22,16 +18,9 @@ from als_ext.data import apply_noise
 from als_ext.methods import Task
 from als_ext.models import MLP
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = {"epochs": 15, "config": {"batch_size": 100, "lr": 1e-2}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,10 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from blobs import CLASSES, FEATURES, blobs, train, trainer
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,21 +20,10 @@ from als_ext.cli.run import DEFAULTS
 from als_ext.methods import METHODS, Task
 from als_ext.models import MLP
 
-sys.path.append(str(Path(__file__).parent))
-
-from blobs import CLASSES, FEATURES, blobs, train, trainer
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROBUST = ["co-teaching", "elr", "l2rw", "mentornet-dd", "mentornet-pd"]
 NEEDED = {"co-teaching": {"noise_rate": 0.4}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def task(method, model=None, n=40, epochs=4, classes=CLASSES, **settings):

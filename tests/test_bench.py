@@ -6,17 +6,13 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # the benchmarks are in the checkout, not in the installed package
-
-from bench import curve, race, record, report  # noqa: E402
-from bench.__main__ import main  # noqa: E402
+from bench import curve, race, record, report
+from bench.__main__ import main
+from bench.gpu_parts import ROOT
 
 THREADS = torch.get_num_threads()
 CPU = torch.device("cpu")

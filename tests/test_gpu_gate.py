@@ -6,17 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # the benchmarks are in the checkout, not in the installed package
-
-from bench import gpu_build, gpu_cases, gpu_gate, gpu_parts, machine, race  # noqa: E402
-from bench.gpu_parts import PYTHON, Part, Step  # noqa: E402
+from bench import gpu_build, gpu_cases, gpu_gate, gpu_parts, machine, race
+from bench.gpu_parts import PYTHON, ROOT, Part, Step
 
 CPU = torch.device("cpu")
 HERE = {"python": "3.12", "torch": "2.14"}
