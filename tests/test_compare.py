@@ -539,7 +539,7 @@ def test_a_display_that_runs_gets_a_bar_and_loses_it_again():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "magic"], "method: expected one of 'erm', 'also', 'als-lc'"),
+        (["--method", "magic"], "method: expected one of 'erm', 'also', 'also-min'"),
         (["--method", "erm,erm"], "method: expected each once, got erm, erm"),
         (["--noise", "symmetric:0.2,symetric:0.4"], "noise: expected one of none, symmetric"),
         (["--noise", "pair:0.2,pair:0.2"], "noise: expected names that differ, got pair:0.2 twice"),
@@ -549,7 +549,7 @@ def test_a_display_that_runs_gets_a_bar_and_loses_it_again():
         (["--dataset", "folder:."], "noise: expected --noise (none, ...) for data of your own"),
         (["--seeds", "2-0"], "seeds: expected numbers and ranges such as 0-2,7, got '2-0'"),
         (["--seeds", "some"], "seeds: expected numbers and ranges"),
-        (["--setting", "q=1"], "of erm, als-lc (they have none), got 'q=1'"),
+        (["--setting", "q=1"], "of erm, als-lc (pretrain), got 'q=1'"),
         (["--method", "gce", "--setting", "q=2"], "q: expected a finite number in (0, 1]"),
         (["--clean-per-class", "-1"], "clean-per-class: expected >= 0, got -1"),
         (["--model", "vgg"], "model: expected one of 'auto', 'cnn', 'mlp', got 'vgg'"),
