@@ -14,10 +14,17 @@ from als_ext.methods import METHODS
 from als_ext.models import MLP, SmallCNN
 from als_ext.runtime import Amp, reproducible
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASSES, N, SIDE = 3, 240, 16
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Steps this small only wait for a second thread; on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def shapes(n=N, seed=0, wrong=0.3):
