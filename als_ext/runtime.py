@@ -77,6 +77,27 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 @contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's CPU generator with a seed of its own; put the generator back after.
+
+    ``torch.manual_seed`` would seed CUDA's generators too, and ``fork_rng`` leaves them so unless
+    it is told each device.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.rand(1)
+        >>> bool(first == torch.rand(1, generator=torch.Generator().manual_seed(0)))
+        True
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+@contextlib.contextmanager
 def reproducible(seed: int, device: torch.device, deterministic: bool = True) -> Iterator[None]:
     """Seed every generator, ask torch for deterministic algorithms; put all of it back after.
 

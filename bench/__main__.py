@@ -140,11 +140,15 @@ def _run(
     path = out or record.default_path(kind, torch.get_num_threads(), quick)
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"quick": quick, **settings}
-    result = record.start(path, record.head(kind, settings), resume)
+    fresh = record.head(kind, settings)
+    result = record.start(path, fresh, resume)
+    # A GPU on another host: the wall times of these rows are that host's.
+    on_gpu = settings.get("device") == "cuda"
+    host = {"machine": fresh["machine"]} if on_gpu and fresh["machine"] != result["machine"] else {}
     end = time.monotonic() + 60 * max_minutes
     done = {row["name"]: row for row in result["rows"]}
     failed = {name for name, row in done.items() if "failed" in row}
-    if settings.get("device") == "cuda" and "peaks" not in result:
+    if on_gpu and "peaks" not in result:
         result["peaks"] = roofline.measure()
     order = [task.name for task in tasks]
     mine = [t for t in tasks if t.op in chosen and (wanted is None or t.name in wanted)]
@@ -161,11 +165,11 @@ def _run(
         except Exception as error:
             row = {"op": task.op, "failed": f"{type(error).__name__}: {error}"[:500]}
             _say(f"  failed: {row['failed']}")
-        done[task.name] = {"name": task.name, **row}
+        done[task.name] = {"name": task.name, **row, **host}
         result["rows"] = [done[name] for name in order if name in done]
         result["complete"] = len(result["rows"]) == len(order)
         record.write(path, result)
-        if "failed" in row and settings.get("device") == "cuda" and race.device_is_lost():
+        if "failed" in row and on_gpu and race.device_is_lost():
             _say("  the device is lost to this process; --resume goes on with the other rows")
             break
     return result, path, {task.name for task in mine}

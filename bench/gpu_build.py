@@ -12,9 +12,9 @@ import runpy
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.gpu_parts import ROOT
+
 # In a process of its own: a library that is loaded cannot be replaced by a fresh one.
 LOAD = """
 import sys

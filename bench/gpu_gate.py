@@ -53,11 +53,12 @@ def execute(words: Sequence[str], env: dict[str, str], log: Path, limit_s: float
     Raises:
         Killed: it and what it started were ended at the limit.
     """
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("a") as out:
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            env={**os.environ, "PYTHONPATH": path, **env},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -134,7 +135,8 @@ def run_step(
         record["tests"] = tests
         if code == 0 and not dry and tests["ran"] == 0:
             return record | {"status": FAILED, "why": "every test was skipped"}
-    if code is None or code == 3:  # 3: the benchmark left rows out, the next call makes them
+    # 3 of a benchmark: it left rows out, the next call makes them. pytest's is an internal error.
+    if code is None or (code == 3 and step.stops_in_time):
         return record | {"status": UNFINISHED, "why": "the time limit"}
     return record | ({"status": DONE} if code == 0 else {"status": FAILED, "why": f"exit {code}"})
 
@@ -175,15 +177,20 @@ def write_json(path: Path, value: Any) -> None:
     other.replace(path)
 
 
+def read_state(path: Path, head: dict[str, Any]) -> dict[str, Any] | None:
+    """The file's state, where it is of the same environment."""
+    old = json.loads(path.read_text()) if path.exists() else None
+    return old if old and all(old.get(key) == head[key] for key in head) else None
+
+
 def start_state(path: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """The file's state, or a fresh one: another torch, or another host, begins anew."""
+    """The file's state, or a fresh one: another torch begins anew."""
+    if (old := read_state(path, head)) is not None:
+        return old
     if path.exists():
-        old = json.loads(path.read_text())
-        if all(old.get(key) == head[key] for key in head):
-            return old
         _say("another environment than at the last call: all parts are run again")
         for times in path.parent.glob(f"{path.stem}-bench.json"):
-            times.replace(times.with_suffix(".old"))  # rows of two hosts are not mixed
+            times.replace(times.with_suffix(".old"))  # rows of two environments are not mixed
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {**head, "date": now, "parts": {}}
 
@@ -195,6 +202,14 @@ def _say(text: str) -> None:
 def _tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return "\n".join(f"    {line}" for line in lines[-15:])
+
+
+def goes_last(part: Part, before: dict[str, Any] | None) -> bool:
+    """Whether the others go first: it failed, or took a whole time limit and may hang again."""
+    if before is None or part.name == BUILD:  # nothing runs without it
+        return False
+    hung = before["status"] == UNFINISHED and before["seconds"] >= LIMIT_S
+    return hung or before["status"] == FAILED
 
 
 def needed_s(part: Part, before: dict[str, Any] | None) -> float:
@@ -237,17 +252,17 @@ def main(arguments: list[str] | None = None, make_parts: Any = all_parts) -> int
     head = {"schema": SCHEMA, "kind": "gpu gate", "gpu": gpu, "code": key, "where": here}
     head["files"] = files_key()
     state_path = stem.with_name(f"{stem.name}.json")
-    state = start_state(state_path, head)
     if options.list:
+        state = read_state(state_path, head) or {"parts": {}}
         _say(f"code {key}, files {head['files']}")
         for part in parts:
             status = state["parts"].get(part.name, {}).get("status", "–")
             _say(f"{part.name:22} {status:10} {part.what}")
         return 0
+    state = start_state(state_path, head)
     folder.mkdir(parents=True, exist_ok=True)
     hide = hidden(folder)
-    failed = {name for name, record in state["parts"].items() if record["status"] == FAILED}
-    chosen.sort(key=lambda part: part.name in failed - {BUILD})  # these again, when others are done
+    chosen.sort(key=lambda part: goes_last(part, state["parts"].get(part.name)))
     for number, part in enumerate(chosen, 1):
         before = f"[{number}/{len(chosen)}] {part.name}: "
         earlier = state["parts"].get(part.name)

@@ -15,8 +15,8 @@ from typing import Any
 from bench.gpu_parts import ROOT
 
 FACTS = """
-import json, os, platform, torch
-found = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+import json, platform, torch
+found = {"python": platform.python_version(), "torch": torch.__version__}
 if torch.cuda.is_available():
     about = torch.cuda.get_device_properties(0)
     found |= {"gpu": about.name, "capability": [about.major, about.minor],
@@ -26,7 +26,10 @@ print(json.dumps(found))
 
 
 def facts() -> dict[str, Any]:
-    """GPU and versions; asked of another process, so that this one holds no memory of the GPU."""
+    """GPU and versions, no matter what CPU is beside them.
+
+    Asked of another process, so that this one holds no memory of the GPU.
+    """
     done = subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from bench import race, roofline
 from bench.gpu_host import slug
-from bench.report import gate_text, left_out, markdown_table, of, ours, raced, save, times, unique
+from bench.markdown import markdown_table
+from bench.report import gate_text, left_out, of, ours, raced, save, times, unique
 
 NOTHING = "**Nothing has been measured on a GPU.** What follows is aims, and estimates by formula."
 ESTIMATES = """\

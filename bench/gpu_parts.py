@@ -20,7 +20,7 @@ TESTS = {  # every file that has tests for a GPU
     "knn": ("test_knn.py", "test_knn_vote.py"),
     "rest": (
         *("test_pi_step.py", "test_also_step.py", "test_weights.py", "test_also.py"),
-        *("test_correction.py", "test_data_indexed.py", "test_trainer.py"),
+        *("test_correction.py", "test_data_indexed.py", "test_trainer.py", "test_augment.py"),
     ),
 }
 CASES = {  # groups of bench/gpu_cases.py, whose cases are named so

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows]]
+from bench.markdown import markdown_table
 
 
 def _spread(times: dict[str, Any]) -> str:
@@ -17,7 +15,7 @@ def _spread(times: dict[str, Any]) -> str:
     return f"{middle} ({low} – {high})"
 
 
-def parts(state: dict[str, Any], names: list[str]) -> list[str]:
+def parts(state: dict[str, Any], names: list[str]) -> str:
     rows = []
     for name in names:
         part = state["parts"].get(name)
@@ -33,7 +31,7 @@ def parts(state: dict[str, Any], names: list[str]) -> list[str]:
         if any("only_shown" in step for step in part["steps"]):
             said.append("a command was only shown")
         rows.append([name, part["status"], f"{part['seconds']:.0f}", "; ".join(said)])
-    return _table(["part", "status", "s", ""], rows)
+    return markdown_table(["part", "status", "s", ""], rows)
 
 
 def skipped(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -71,7 +69,7 @@ def race(row: dict[str, Any]) -> list[str]:
         )
     times = "events, µs (p20 – p80)" if "wall" in ours else "wall on a CPU, µs (p20 – p80)"
     head = ["who", "role", times, "ratio", "wall, µs (p20 – p80)", "ratio", "error", "rounds"]
-    lines = [f"### {row['name']}", "", *_table(head, rows), ""]
+    lines = [f"### {row['name']}", "", markdown_table(head, rows), ""]
     lines.append(f"Gate {state}: {gate['measure']}, {gate['error']:.1e} ≤ {gate['limit']:.1e}.")
     if any(one.get("waits") for one in row["contenders"]):
         lines.append("Waits: for the device inside a call, so its events hold gaps of the host.")
@@ -91,7 +89,7 @@ def page(state: dict[str, Any], names: list[str], stem: Path) -> str:
     lines = [f"# GPU gate: {state['gpu']}", "", f"Code {state['code']}, {state['date']}; {where}."]
     if state["gpu"] == "dry run":
         lines += ["", "**A DRY RUN ON A CPU: nothing on this page was measured on a GPU.**"]
-    lines += ["", "## Parts", "", *parts(state, names)]
+    lines += ["", "## Parts", "", parts(state, names)]
     if results:
         lines += ["", "## Peers that did not race", "", *skipped(results)]
     for name, result in results.items():

@@ -13,8 +13,8 @@ import torch
 
 import als_ext
 from bench.gpu_host import files_key
+from bench.gpu_parts import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 GPU_PACKAGES = ("triton", "nvidia-cutlass-dsl", "liger-kernel", "quack-kernels", "flashlib")
 PACKAGES = ("torch", "numpy", "scikit-learn", "faiss-cpu", "cleanlab", "threadpoolctl")
 

@@ -13,7 +13,7 @@ from bench import machine
 
 SCHEMA = 1
 FOLDER = machine.ROOT / "bench" / "results"
-SAME = ("schema", "kind", "settings", "machine", "versions", "commit")  # of a resumed run
+SAME = ("schema", "kind", "settings", "versions", "commit")  # of a resumed run, and the machine
 
 
 def head(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -72,14 +72,19 @@ def start(path: Path, fresh: dict[str, Any], resume: bool) -> dict[str, Any]:
     if not resume:
         raise FileExistsError(f"{path} exists: --resume goes on with it, --out writes another")
     old = read(path)
-    differs = [key for key in SAME if _lasting(old.get(key)) != _lasting(fresh[key])]
+    differs = [key for key in SAME if old.get(key) != fresh[key]]
+    if _machine(old) != _machine(fresh):
+        differs.append("machine")
     if differs:
         raise ValueError(f"{path.name}: a row of this run would differ in {', '.join(differs)}")
     return old
 
 
-def _lasting(part: Any) -> Any:
-    """Without the memory, of which a virtual machine has a little more or less at each start."""
-    if isinstance(part, dict):
-        return {key: value for key, value in part.items() if key != "memory_gib"}
-    return part
+def _machine(result: dict[str, Any]) -> dict[str, Any]:
+    """What the times depend on: not the memory, of which a virtual machine has a little more or
+    less at each start; on a GPU not its host, which another loan brings with another CPU."""
+    on_gpu = result.get("settings", {}).get("device") == "cuda"
+    where = result.get("machine", {}).items()
+    if on_gpu:
+        return {key: value for key, value in where if key.startswith("gpu")}
+    return {key: value for key, value in where if key != "memory_gib"}

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from bench import machine
+from bench.markdown import markdown_table
 
 MARK = re.compile(r"(<!-- bench: (?P<name>[\w ]+) -->\n).*?(<!-- bench: end -->)", re.S)
 SOURCE = re.compile(r"\[(bench/results/[\w.-]+\.json)\]")
@@ -118,11 +119,6 @@ def console(result: dict[str, Any]) -> Table:
 
 
 # ---- Markdown ----------------------------------------------------------------------------------
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def operation(result: dict[str, Any], op: str) -> str:

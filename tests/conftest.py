@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import als_ext
 from als_ext import _library
 
 ROOT = Path(__file__).resolve().parents[1]
+# The benchmarks and the tests' own helpers, which are not installed. Last: an installed als_ext
+# goes before the checkout's.
+sys.path += [folder for folder in (str(ROOT), str(ROOT / "tests")) if folder not in sys.path]
 
 
 def pytest_report_header():
@@ -32,6 +36,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Steps this small only wait for a second thread; on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

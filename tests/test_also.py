@@ -9,16 +9,9 @@ from torch.nn import functional as F
 
 from als_ext import ALSO
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, CLASSES, BATCH = 60, 3, 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def data(device, dtype=torch.float32):

@@ -1,28 +1,16 @@
 """The methods of the literature: their known effect on a problem small enough to see it."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parent))
-
 from blobs import blobs, train
 
 from als_ext import TrainConfig, Trainer, baselines
 from als_ext.methods import METHODS, Method
 from als_ext.models import MLP
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_each_baseline_is_registered_under_its_name():

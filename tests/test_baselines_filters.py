@@ -3,15 +3,11 @@
 import copy
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
-
-sys.path.append(str(Path(__file__).parent))
-
 from blobs import CLASSES, blobs, train, trainer
+from torch.utils.data import TensorDataset
 
 from als_ext import TrainConfig, Trainer
 from als_ext.baselines import DeepKnn, _neighbours, confident_learning, deep_knn, knn_relabel
@@ -22,16 +18,9 @@ from als_ext.data import apply_noise
 from als_ext.methods import Task
 from als_ext.models import MLP
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = {"epochs": 15, "config": {"batch_size": 100, "lr": 1e-2}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +263,7 @@ def test_deep_knn_drops_wrong_labels(problem, erm):
     one, result = run("deep-knn", problem)
     dropped = ~one._method.keep
     assert suspects(result) == [int(dropped.sum())]
+    assert torch.equal(result.report["suspect"], dropped)
     assert wrong_share(problem, dropped) > wrong_share(problem, dropped | True) + 0.25  # 0.37+
     assert result.test_accuracy > erm  # 0.02 to 0.05 on three seeds: M has memorised
     assert torch.equal(result.labels, problem[1])
@@ -322,20 +312,34 @@ def test_deep_knn_takes_the_logits_of_the_better_model(monkeypatch, noise):
 def test_deep_knn_takes_known_samples_out_of_the_noisy_set(monkeypatch):
     x, given, true = blobs(n=150)
     rows = torch.arange(0, 150, 5)
-    voters, vote = [], deep_knn.plurality
+    asked, vote = [], deep_knn.plurality
 
     def voting(logits, label, *rest):
-        voters.append(label)
+        asked.append((logits, label))
         return vote(logits, label, *rest)
 
+    weights, batch = [[], []], DeepKnn.batch
+
+    def weighing(self, x, label, index):
+        made = batch(self, x, label, index)
+        weights[self.stage].append(made[2][len(index) :].sum())
+        return made
+
     monkeypatch.setattr(deep_knn, "plurality", voting)
+    monkeypatch.setattr(DeepKnn, "batch", weighing)
     one = trainer("deep-knn", epochs=3, config={"batch_size": 50})
     result = one.fit(x, given, clean=(x[rows], true[rows], rows))
     noisy = torch.ones(150, dtype=torch.bool)
     noisy[rows] = False
-    assert torch.equal(voters[0], torch.cat([given.masked_fill(~noisy, -1), true[rows]]))
-    assert not one._method.keep[rows].any()
-    assert suspects(result) == [120 - int(one._method.keep.sum())]
+    ((logits, label),) = asked  # nobody else is a neighbour
+    assert len(logits) == 150
+    assert torch.equal(label, torch.cat([given[noisy], true[rows]]))
+    keep = one._method.keep
+    assert not keep[rows].any()
+    assert suspects(result) == [120 - int(keep.sum())]
+    assert torch.equal(result.report["suspect"], noisy & ~keep)
+    # As in epochs over the union, clean samples count once each: 7 of 10 in the first training.
+    assert [float(torch.stack(w).sum()) for w in weights] == pytest.approx([3 * 21, 3 * 30])
 
 
 def test_deep_knn_refuses_what_cannot_vote():
@@ -357,6 +361,7 @@ def test_confident_learning_drops_wrong_labels(problem, erm):
     assert len(result.history) == 5 * 15
     dropped = ~one._method.keep
     assert suspects(result) == [int(dropped.sum())]
+    assert torch.equal(result.report["suspect"], dropped)
     assert wrong_share(problem, dropped) > 0.6  # 0.72 to 0.74 on three seeds; 0.4 of all are wrong
     assert result.test_accuracy > erm + 0.06  # 0.12 to 0.14 on three seeds
 
@@ -372,9 +377,12 @@ def test_confident_learning_asks_networks_that_did_not_see_the_sample(problem, m
     monkeypatch.setattr(confident_learning, "_find_label_issues", lambda: issues)
     one = trainer("confident-learning", epochs=2, config={"batch_size": 100}, folds=3)
     masks, select = [], confident_learning.ConfidentLearning.select
+    unseen = torch.full((600, CLASSES), float("nan"))
 
     def watched(self):
         masks.append(self.keep.clone())
+        with torch.no_grad():
+            unseen[~self.keep] = self.task.model(x[~self.keep]).softmax(1)
         return select(self)
 
     monkeypatch.setattr(confident_learning.ConfidentLearning, "select", watched)
@@ -386,7 +394,7 @@ def test_confident_learning_asks_networks_that_did_not_see_the_sample(problem, m
             assert abs(int((given[~mask] == c).sum()) - int((given == c).sum()) / 3) <= 1
     labels, probabilities = found[0]
     assert (labels == given.numpy()).all()
-    assert probabilities.sum(1) == pytest.approx(1.0)
+    assert probabilities == pytest.approx(unseen.numpy(), rel=1e-4, abs=1e-6)
     assert torch.equal(one._method.keep, torch.from_numpy(probabilities.argmax(1) == labels))
 
 
@@ -404,7 +412,9 @@ def test_confident_learning_says_what_is_missing(monkeypatch, capsys):
 
 def test_knn_relabel_relabels_everyone(problem, erm):
     _, result = run("knn-relabel", problem)
-    assert set(suspects(result)) == {600}
+    changed = [r["changed"] for r in result.history if r["suspects"] is not None]
+    assert suspects(result) == changed
+    assert torch.equal(result.report["suspect"], result.labels != result.given_labels)
     metrics = result.label_metrics
     assert metrics["label_accuracy_after"] > metrics["label_accuracy_before"] + 0.2  # 0.31 +
     assert result.test_accuracy > erm + 0.1  # 0.18 to 0.25 on three seeds
@@ -464,6 +474,14 @@ def test_also_min_takes_weight_from_wrong_labels(problem, erm):
     pi = one._method.optimizer.weights.pi()
     assert pi[given != true].mean() < 0.6 * pi[given == true].mean()
     assert result.test_accuracy > erm + 0.05  # 0.09 to 0.11 on three seeds
+
+
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_also_min_makes_the_sources_way_in_any_number_of_epochs(epochs):
+    x, given, _ = blobs(n=90)
+    one = trainer("also-min", epochs=epochs)
+    one.fit(x, given)
+    assert epochs * one._method.optimizer.weights.settings["lr"] == pytest.approx(160 * 0.01)
 
 
 def test_also_min_has_its_own_pi_settings():

@@ -2,11 +2,10 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from blobs import CLASSES, FEATURES, blobs, train, trainer
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,21 +20,10 @@ from als_ext.cli.run import DEFAULTS
 from als_ext.methods import METHODS, Task
 from als_ext.models import MLP
 
-sys.path.append(str(Path(__file__).parent))
-
-from blobs import CLASSES, FEATURES, blobs, train, trainer
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROBUST = ["co-teaching", "elr", "l2rw", "mentornet-dd", "mentornet-pd"]
 NEEDED = {"co-teaching": {"noise_rate": 0.4}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def task(method, model=None, n=40, epochs=4, classes=CLASSES, **settings):
@@ -74,7 +62,12 @@ def test_they_memorise_less_than_erm(method, erm):
 
 
 @pytest.mark.parametrize("method", ROBUST)
-def test_the_callers_generator_stays_where_it_is(method):
+def test_the_callers_generators_stay_where_they_are(method, monkeypatch):
+    def seeds_cuda(_seed):
+        raise AssertionError("the caller's generators on CUDA were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds_cuda)
+    mentor.predefined_mentor.cache_clear()  # learned by an earlier test
     before = torch.get_rng_state()
     METHODS[method](task(method, MLP((FEATURES,), CLASSES), **NEEDED.get(method, {})))
     after = torch.get_rng_state()

@@ -6,17 +6,13 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # the benchmarks are in the checkout, not in the installed package
-
-from bench import curve, race, record, report  # noqa: E402
-from bench.__main__ import main  # noqa: E402
+from bench import curve, race, record, report
+from bench.__main__ import main
+from bench.gpu_parts import ROOT
 
 THREADS = torch.get_num_threads()
 CPU = torch.device("cpu")
@@ -143,6 +139,19 @@ def test_a_run_of_another_machine_is_not_resumed(quick_run, tmp_path, capsys):
     record.write(path, result)
     assert main(["--quick", "--threads", "2", "--out", str(path), "--resume"]) == 2
     assert "machine" in capsys.readouterr().err
+
+
+def test_a_gpu_may_be_on_another_host_at_the_next_call(tmp_path):
+    fresh = record.head("table", {"device": "cuda", "quick": True})
+    fresh["machine"] |= {"gpu": "some", "gpu_memory_gib": 80.0}
+    path = tmp_path / "part.json"
+    host = {**fresh["machine"], "cpu": "another", "cores": 99, "threads": 99, "caches": {}}
+    record.write(path, {**fresh, "machine": host})
+    assert record.start(path, fresh, resume=True)["machine"] == host
+    for machine in ({**host, "gpu": "other"}, {**host, "gpu_memory_gib": 40.0}):
+        record.write(path, {**fresh, "machine": machine})
+        with pytest.raises(ValueError, match="would differ in machine"):
+            record.start(path, fresh, resume=True)
 
 
 def test_an_unknown_operation_is_bad_input(tmp_path, capsys):

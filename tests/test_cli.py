@@ -13,6 +13,8 @@ from sklearn.datasets import load_digits
 from als_ext.checkpoint import load_checkpoint
 from als_ext.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KEYS = {
     "test_accuracy",
     "label_accuracy_before",
@@ -22,15 +24,6 @@ KEYS = {
     "seconds",
 }
 SHORT = ["--epochs", "3", "--warmup", "2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(capsys, *words):

@@ -22,26 +22,21 @@ from rich.progress import Progress
 from sklearn.datasets import load_digits
 
 from als_ext.cli import main
+from als_ext.compare.figures import cell_figures
 from als_ext.compare.grid import Cell, Variant, make_grid
 from als_ext.compare.store import Store, locked, read_grid, read_results
 from als_ext.methods import ERM
 from als_ext.methods import METHODS as REGISTRY
 from als_ext.metrics import detection_metrics
 from als_ext.progress import ProgressBar
+from als_ext.trainer import TrainResult
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 METHODS, NOISES, SEEDS = ("erm", "als-lc"), ("symmetric:0.4", "pair:0.45"), (0, 1)
 QUICK = ["--threads", "1", "--epochs", "2"]
 GRID = ["--method", ",".join(METHODS), "--noise", ",".join(NOISES), "--seeds", "0-1", *QUICK]
 AXES = ("dataset", "noise", "method", "seed")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*words, command="compare"):
@@ -181,6 +176,46 @@ def test_ten_epochs_give_the_mean_of_the_last_ten(tmp_path):
     assert line["test_accuracy_last10"] == pytest.approx(np.mean(accuracy[1:]))
 
 
+def test_a_method_that_trains_twice_is_measured_in_its_last_training():
+    accuracy = [0.9] * 10 + [k / 100 for k in range(10)]
+    label = torch.zeros(4, dtype=torch.int64)
+    done = TrainResult(
+        labels=label,
+        given_labels=label,
+        history=[{"test_accuracy": a} for a in accuracy],
+        label_metrics={},
+        report=None,
+        losses=torch.zeros(4),
+        log_pi=None,
+        test_accuracy=accuracy[-1],
+        seconds=1.0,
+    )
+    found = cell_figures(done, None, epochs=10)
+    assert found["test_accuracy_last10"] == pytest.approx(0.045)
+    assert (found["test_accuracy_best"], found["best_epoch"]) == (0.09, 20)
+    assert found["epochs"] == 20
+    assert cell_figures(done, None, epochs=9)["test_accuracy_last10"] is None
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_methods_that_are_told_more_are_named(tmp_path):
+    words = ["--method", "erm,deep-knn,l2rw,co-teaching", "--setting", "noise_rate=0.4"]
+    words += ["--clean-per-class", "2", "--threads", "1", "--epochs", "5"]
+    done("--out", tmp_path, *words)
+    found = {line["method"]: line for line in lines(tmp_path)}
+    clean = {method: line["clean_per_class"] for method, line in found.items()}
+    assert clean == {"erm": 0, "deep-knn": 2, "l2rw": 2, "co-teaching": 0}
+    page = (tmp_path / "table.md").read_text()
+    assert "* deep-knn, l2rw: the true labels of 2 samples a class\n" in page
+    assert "* co-teaching: a noise rate of 0.4\n" in page
+    filtered = found["deep-knn"]
+    assert filtered["epochs"] == 10
+    assert filtered["best_epoch"] > 5
+    assert filtered["test_accuracy_last10"] is None  # the last training has five
+    assert 0 < filtered["detected"] < filtered["samples"] - 20
+    assert filtered["detection_precision"] > filtered["noise_rate"]
+
+
 def recomputed(out):
     """(dataset, noise, method) -> figure -> values of the seeds, from cells.jsonl alone."""
     groups = {}
@@ -224,6 +259,7 @@ def test_the_page_shows_them_in_percent(finished):
     assert [method for method, *_ in body] == list(METHODS)
     assert "oracle" in page
     assert "Failed cells" not in page
+    assert "told" not in page
 
 
 def test_plots_hold_a_line_a_method_and_a_panel_a_method(finished):
@@ -415,6 +451,28 @@ def dropping(no_plots):
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_an_embedding_that_is_not_there_shows_before_the_training(tmp_path):
+    code, _, err = run("--out", tmp_path, "--method", "erm", "--embedding", "nowhere", *QUICK)
+    assert code == 1
+    assert "FAILED: ValueError: embedding: expected one of the layers" in err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("lent", [{0, 1, 2, 3, 4, 5}, {7}])
+def test_jobs_share_the_cores_that_are_lent(tmp_path, monkeypatch, lent):
+    threads = []
+
+    def results_of(jobs, processes, _display):
+        threads.extend(job.usual_threads for job in jobs)
+        yield from ((job, {"status": "failed", "error": "not tried"}) for job in jobs)
+
+    monkeypatch.setattr("als_ext.cli.compare.results_of", results_of)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: lent, raising=False)
+    assert run("--out", tmp_path, "--method", "erm", "--jobs", "2", "--seeds", "0-2")[0] == 1
+    assert threads == [max(1, len(lent) // 2)] * 3
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_checkpoints_of_finished_cells_go_unless_they_are_kept(finished, tmp_path):
     assert not list(finished[0].rglob("checkpoint.pt"))
     done("--out", tmp_path, "--method", "erm", "--keep-checkpoints", *QUICK)
@@ -481,7 +539,7 @@ def test_a_display_that_runs_gets_a_bar_and_loses_it_again():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "magic"], "method: expected one of 'erm', 'also', 'als-lc'"),
+        (["--method", "magic"], "method: expected one of 'erm', 'also', 'also-min'"),
         (["--method", "erm,erm"], "method: expected each once, got erm, erm"),
         (["--noise", "symmetric:0.2,symetric:0.4"], "noise: expected one of none, symmetric"),
         (["--noise", "pair:0.2,pair:0.2"], "noise: expected names that differ, got pair:0.2 twice"),
@@ -491,7 +549,7 @@ def test_a_display_that_runs_gets_a_bar_and_loses_it_again():
         (["--dataset", "folder:."], "noise: expected --noise (none, ...) for data of your own"),
         (["--seeds", "2-0"], "seeds: expected numbers and ranges such as 0-2,7, got '2-0'"),
         (["--seeds", "some"], "seeds: expected numbers and ranges"),
-        (["--setting", "q=1"], "of erm, als-lc (they have none), got 'q=1'"),
+        (["--setting", "q=1"], "of erm, als-lc (pretrain), got 'q=1'"),
         (["--method", "gce", "--setting", "q=2"], "q: expected a finite number in (0, 1]"),
         (["--clean-per-class", "-1"], "clean-per-class: expected >= 0, got -1"),
         (["--model", "vgg"], "model: expected one of 'auto', 'cnn', 'mlp', got 'vgg'"),
@@ -668,6 +726,12 @@ def children(process):
 LONG = ["--method", "erm,als-lc", "--epochs", "8", "--threads", "1", "--seeds", "0-1"]
 
 
+def epochs_of(folder):
+    """The whole lines of a cell's metrics."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(x) for x in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "out"
@@ -680,22 +744,25 @@ def unbroken(tmp_path_factory):
 @pytest.mark.usefixtures("no_plots")
 def test_kill_9_inside_a_cell_and_going_on_gives_the_unbroken_figures(tmp_path, unbroken):
     first, second = (tmp_path / "cells" / f"digits_symmetric-0.4_{m}_0" for m in METHODS)
-    kept = []
+    kept, trained_before = [], {}
     for folder, more in ((first, LONG), (second, [])):
         process = start(tmp_path, *more)
-        wait_for((folder / "checkpoint.pt").exists, process)
-        time.sleep(0.1)
+        wait_for(lambda: len(epochs_of(folder)) > 1, process)  # noqa: B023
         process.send_signal(signal.SIGKILL)
         assert process.communicate()[0] == b""
         assert process.returncode == -signal.SIGKILL
         results = list(read_results(tmp_path).values())
         assert results[: len(kept)] == kept
         kept = results
+        trained_before[folder] = torch.load(folder / "checkpoint.pt", weights_only=True)["history"]
+        assert 0 < len(trained_before[folder]) < 8
     assert kept
     (tmp_path / ".cells.jsonl.1.tmp").write_text("half a li")  # as a kill at the worst moment would
     done("--out", tmp_path)
     assert lines(tmp_path)[: len(kept)] == kept
     assert [without_time(line) for line in lines(tmp_path)] == unbroken
+    for folder, epochs in trained_before.items():  # not again: their seconds are the same
+        assert epochs_of(folder)[: len(epochs)] == epochs
     assert not list(tmp_path.rglob("*.tmp"))
 
 

@@ -3,14 +3,9 @@
 import copy
 import json
 import shutil
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parent))
 
 import cuda_static as gate
+import pytest
 
 # Recorded from cuobjdump 13.1, shortened.
 USAGE = """

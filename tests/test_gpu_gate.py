@@ -6,17 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # the benchmarks are in the checkout, not in the installed package
-
-from bench import gpu_build, gpu_cases, gpu_gate, gpu_parts, machine, race  # noqa: E402
-from bench.gpu_parts import PYTHON, Part, Step  # noqa: E402
+from bench import gpu_build, gpu_cases, gpu_gate, gpu_parts, machine, race
+from bench.gpu_parts import PYTHON, ROOT, Part, Step
 
 CPU = torch.device("cpu")
 HERE = {"python": "3.12", "torch": "2.14"}
@@ -257,19 +252,39 @@ def test_what_failed_is_run_again_when_the_others_are_done(tmp_path):
     assert order.read_text() == "aba"
 
 
-def test_a_step_knows_its_minutes_and_finds_the_package_from_anywhere(tmp_path):
-    text = "import os, sys; print(sys.argv[1], os.environ['PYTHONPATH'])"
+def test_what_took_a_whole_time_limit_comes_last_at_the_next_call(tmp_path, monkeypatch):
+    a, b = part(tmp_path, "a", 1), part(tmp_path, "b", 1)
+    hung = {"status": "unfinished", "seconds": gpu_gate.LIMIT_S}
+    assert gpu_gate.goes_last(a, hung)
+    assert not gpu_gate.goes_last(a, {**hung, "seconds": 300.0}), "that was the call's time"
+    assert not gpu_gate.goes_last(part(tmp_path, "build", 1), hung)
+    began = []
+    record = {"status": "unfinished", "seconds": gpu_gate.LIMIT_S, "steps": [], "why": "hung"}
+    monkeypatch.setattr(gpu_gate, "run_part", lambda p, *_: began.append(p.name) or record)
+    for _ in range(2):
+        run_gate(tmp_path, [a, b], *(["--part", "a"] if not began else []))
+    assert began == ["a", "b", "a"]
+
+
+def test_a_step_knows_its_minutes_and_finds_the_package_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somebodys")
+    text = "import os, sys; print(sys.argv[1], *os.environ['PYTHONPATH'].split(os.pathsep))"
     step = Step((*code(text), gpu_parts.MINUTES))
     record = gpu_gate.run_step(step, False, tmp_path / "log", 100.0, {})
     assert record["status"] == "done"
     assert record["command"].endswith(" 1.00"), "100 s, less those for the last row"
-    assert (tmp_path / "log").read_text().split() == ["1.00", str(ROOT)]
+    assert (tmp_path / "log").read_text().split() == ["1.00", str(ROOT), "/somebodys"]
 
 
-def test_a_benchmark_that_leaves_rows_out_is_unfinished(tmp_path):
-    status, state = gate(tmp_path / "out", rows=Step((), dry=code("raise SystemExit(3)")))
-    assert status == 3
+def test_a_benchmark_that_leaves_rows_out_is_unfinished_and_no_other_step(tmp_path):
+    ends = code("raise SystemExit(3)")
+    steps = {"rows": Step((*ends, gpu_parts.MINUTES), dry=ends), "tests": Step(ends, dry=ends)}
+    status, state = gate(tmp_path / "out", **steps)
+    assert status == 1
     assert state["parts"]["rows"]["status"] == "unfinished"
+    assert state["parts"]["tests"]["status"] == "FAILED"
+    del steps["tests"]
+    assert gate(tmp_path / "other", **steps)[0] == 3
 
 
 def run_step(step, tmp_path, dry=False):
@@ -296,6 +311,21 @@ def test_tests_that_are_all_skipped_fail_on_a_gpu(tmp_path):
     record = run_step(step, tmp_path)
     assert record["status"] == "done"
     assert record["tests"] == {"ran": 1, "skipped": 0, "failed": 0}
+
+
+def test_a_list_leaves_another_environments_files_alone(tmp_path, capsys, monkeypatch):
+    gate(tmp_path, a=note(tmp_path, "a"))
+    (state,) = tmp_path.glob("*.json")
+    state.with_name(f"{state.stem}-bench.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["--list", "--dry-run", "--out", str(tmp_path)]
+    parts = [part(tmp_path, "a", 1)]
+    for facts, status in ((HERE, "done"), ({**HERE, "torch": "another"}, "–")):
+        monkeypatch.setattr(gpu_gate, "facts", lambda facts=facts: facts)
+        capsys.readouterr()
+        assert gpu_gate.main(words, lambda *_: parts) == 0
+        assert f"a{'':21} {status}" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_bad_input(tmp_path, capsys):

@@ -3,17 +3,10 @@
 No figure here was measured: results are SYNTHETIC, made by these tests, and stay in their folders.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # the benchmarks are in the checkout, not in the installed package
-
-from bench import gpu_page, inputs, race, record, report, roofline  # noqa: E402
+from bench import gpu_page, inputs, race, record, report, roofline
 
 PART = "<!-- bench: GPU -->\n<!-- bench: end -->\n"
 PEAKS = {"bytes": 2e12, "bfloat16": 400e12, "float32": 50e12, "nothing_s": 2e-6}

@@ -1,20 +1,14 @@
 """How races run on a GPU, on a device that is made up: the clock, rows, targets, peers."""
 
 import json
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # the benchmarks are in the checkout, not in the installed package
-
-from bench import gpu_report, peers, race, roofline  # noqa: E402
-from bench.__main__ import main as bench_main  # noqa: E402
-from bench.clock import CudaClock  # noqa: E402
+from bench import gpu_report, peers, race, roofline
+from bench.__main__ import main as bench_main
+from bench.clock import CudaClock
 
 CPU = torch.device("cpu")
 

@@ -20,17 +20,10 @@ from als_ext.correction import CorrectionConfig
 from als_ext.methods import METHODS
 from als_ext.models import MLP, SmallCNN
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 3
 N = 150
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def data(seed=0):

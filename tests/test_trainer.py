@@ -19,16 +19,9 @@ from als_ext.models import MLP, SmallCNN, build_model
 from als_ext.progress import ProgressBar
 from als_ext.runtime import Amp, rng_state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blobs(n=400, wrong=0.3, seed=0):

@@ -110,6 +110,10 @@ class Retrained(Kept):
             self.optimizer = self.make_optimizer()
         super().train_mode()
 
+    def report(self) -> dict[str, Tensor]:
+        """suspect [n]: what the last training goes without."""
+        return {"suspect": (self.pool & ~self.keep).cpu()}
+
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, mask, stage and the first weights."""
         return {**super().state_dict(), "stage": self.stage, "first": self._first}

@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from als_ext.runtime import seeded
+
 PERCENT = 100  # epochs are counted in percent of the run: 0, ..., 99
 BURN_IN = 18  # percent of the run in which the predefined curriculum takes every sample
 LINEAR = 90  # percent of the run from which on its weights fall linearly
@@ -103,9 +105,8 @@ def fit(
 
 
 def new_mentor(seed: int) -> Mentor:
-    """A network on the CPU with random weights; torch's global generator does not move."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """A network on the CPU with random weights; torch's global generators do not move."""
+    with seeded(seed):
         return Mentor()
 
 

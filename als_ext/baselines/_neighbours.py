@@ -40,7 +40,7 @@ def choose_k(x: Tensor, label: Tensor, num_classes: int, k: int | str, metric: s
 
     Args:
         x: [n, D] float32.
-        label: int64 [n] on the same device; -1 for a sample that does not vote.
+        label: int64 [n] on the same device.
         num_classes: number of classes.
         k: an int or "auto".
         metric: "l2" or "cosine".
@@ -69,7 +69,7 @@ def plurality(x: Tensor, label: Tensor, num_classes: int, k: int | str, metric: 
 
     Args:
         x: [n, D] float32.
-        label: int64 [n] on the same device; -1 for a sample that does not vote.
+        label: int64 [n] on the same device.
         num_classes: number of classes.
         k: neighbours in [1, n - 1], or "auto".
         metric: "l2" or "cosine".

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from als_ext.methods import ERM, Task
 from als_ext.ops._checks import check_float, check_int
+from als_ext.runtime import derived_seed, seeded
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,8 @@ def _reinitialised(model: nn.Module, seed: int) -> nn.Module:
             "model: expected layers with reset_parameters(), from which co-teaching draws its "
             f"second network, got {type(model).__name__} without any"
         )
-    with torch.random.fork_rng(devices=[]):
-        # Not the seed itself: the model may have been drawn from it, and the peer would be equal.
-        torch.manual_seed(int(np.random.SeedSequence((seed, 1)).generate_state(1)[0]))
+    # Not the seed itself: the model may have been drawn from it, and the peer would be equal.
+    with seeded(derived_seed(seed, "peer")):
         for layer in layers:
             layer.reset_parameters()  # type: ignore[operator]
     return peer.to(device)

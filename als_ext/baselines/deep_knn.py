@@ -46,13 +46,14 @@ class DeepKnn(Retrained, name="deep-knn"):
     With a clean set M is one of two models, trained side by side: on the noisy samples and 70 % of
     the clean ones, or on those 70 % alone; the one that is right more often on the other 30 % (the
     first if equal) gives the logits. All clean samples vote with their right labels and take part
-    in the last training; where their positions are known, they leave the noisy set. A batch of B
-    samples brings as many clean ones, drawn at random, as an epoch over the union would: B m / n in
-    weight for m clean samples. The model of the clean samples alone makes as many steps as the
+    in the last training; where their positions are known, they leave the noisy set. A batch of B of
+    all n samples brings some of the m clean ones, drawn at random, with B m / n in weight: m in an
+    epoch, as in one over the union. The model of the clean samples alone makes as many steps as the
     other, where the source gives no number.
     """
 
     Settings = DeepKnnSettings
+    takes_clean = True
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -70,8 +71,7 @@ class DeepKnn(Retrained, name="deep-knn"):
         if task.clean_index is not None:
             self.pool[task.clean_index] = False
             self.keep = self.pool.clone()
-        self._noisy = int(self.pool.sum())
-        if not self._noisy:
+        if not self.pool.any():
             raise ValueError("clean positions: expected some other samples as well, got all")
 
     def batch(self, x: Tensor, label: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +80,7 @@ class DeepKnn(Retrained, name="deep-knn"):
         if self.task.clean is None:
             return x, label, weight
         count = len(self._seen) if self.stage == 0 else len(self.task.clean[1])
-        share = count * len(index) / self._noisy
+        share = count * len(index) / len(self.task.labels)
         clean_x, clean_label = self._draw(math.ceil(share))
         clean_weight = weight.new_full((len(clean_label),), share / len(clean_label))
         return (
@@ -118,13 +118,16 @@ class DeepKnn(Retrained, name="deep-knn"):
             rival = self._rival.task.model
             if self._right(rival) > self._right(model):
                 model = rival
-        logits = task.collect(lambda x: model(x).float())
-        label = task.labels.to(logits.device).masked_fill(~self.pool, -1)  # no vote
+        rows = self.pool.nonzero()[:, 0]
+        logits = task.collect(lambda x: model(x).float())[rows]
+        label = task.labels.to(logits.device)[rows]
         if clean is not None:
             logits = torch.cat([logits, self._logits(model, clean[0])])
             label = torch.cat([label, clean[1]])
         vote = plurality(logits, label, task.num_classes, self.settings.k, "l2")
-        return (vote.winner == label)[: len(task.labels)]
+        keep = torch.zeros_like(self.pool)
+        keep[rows] = (vote.winner == label)[: len(rows)]
+        return keep
 
     def _right(self, model: nn.Module) -> int:
         """How many of the held-out clean samples a model gets right."""

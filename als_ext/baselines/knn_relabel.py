@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from als_ext.baselines._neighbours import check_k, plurality
 from als_ext.methods import ERM, Correcting, Relabels, Task
 
@@ -46,5 +44,4 @@ class KnnRelabel(Correcting, ERM, name="knn-relabel"):
         given = self._given.to(x.device)
         metric = task.config.correction.metric
         vote = plurality(x, given, task.num_classes, self.settings.k, metric)
-        everyone = torch.ones_like(given, dtype=torch.bool)
-        return Relabels(vote.winner, everyone, vote.share, vote.margin)
+        return Relabels(vote.winner, vote.winner != given, vote.share, vote.margin)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
 
 from als_ext import __version__
 from als_ext.cli.display import Display
@@ -30,11 +29,11 @@ from als_ext.compare.samples import SAMPLES_FILE, map_rows, save_samples
 from als_ext.compare.store import Result
 from als_ext.embedding import make_embedder
 from als_ext.io import atomic_write_text
-from als_ext.trainer import CHECKPOINT, Trainer
+from als_ext.methods import METHODS
+from als_ext.trainer import CHECKPOINT
 
 ERROR_FILE = "error.txt"
 _DESCRIBED = ("samples", "clean_per_class", "model", "device", "threads", "noise_rate")
-_MAP_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,22 @@ def train(job: Job, progress: bool | Progress = False) -> Result:
         progress=progress,
         checkpoint_seconds=job.checkpoint_seconds,
     )
+    make_embedder(trainer.model, trainer.config.embedding)  # says now what would fail at the map
     use_threads(job.threads, [trainer])
     done = fit(trainer, data, clean, resume=True)
     rows = map_rows(len(data.given_labels))
-    embedding = _embeddings(trainer, data.x_train[rows])
+    embedding = trainer.embeddings()[rows.to(trainer.device)]
     save_samples(job.folder / SAMPLES_FILE, done, data.true_labels, rows, embedding)
     facts = describe(job.settings, data, trainer)
+    kind = METHODS[job.variant.method]
+    if not getattr(kind, "takes_clean", kind.needs_clean):  # it got them and did not look
+        facts["clean_per_class"] = 0
     return {
         "status": "done",
         "kind": job.variant.method,
         "settings": dict(job.variant.settings),
         **figures(done),
-        **cell_figures(done, data.true_labels),
+        **cell_figures(done, data.true_labels, trainer.config.epochs),
         **{name: facts[name] for name in _DESCRIBED},
         "device": trainer.device.type,
         "versions": {
@@ -94,12 +97,6 @@ def train(job: Job, progress: bool | Progress = False) -> Result:
             "python": platform.python_version(),
         },
     }
-
-
-@torch.no_grad()
-def _embeddings(trainer: Trainer, x: Tensor) -> Tensor:
-    embed = make_embedder(trainer.model, trainer.config.embedding)
-    return torch.cat([embed(part.to(trainer.device)) for part in torch.split(x, _MAP_BATCH)])
 
 
 def attempt(job: Job, progress: bool | Progress = False) -> Result:

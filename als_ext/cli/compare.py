@@ -150,7 +150,7 @@ def _train(
 ) -> None:
     grid = store.grid
     before = torch.get_num_threads()
-    usual = before if processes == 1 else max(1, (os.cpu_count() or 1) // processes)
+    usual = before if processes == 1 else max(1, _cores() // processes)
     todo = [
         Job(
             cell=cell,
@@ -184,6 +184,13 @@ def _train(
         raise
     finally:
         torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    """Those that this process may use: a container or a batch system lends some of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _write_tables(out: Path, results: Sequence[Result]) -> None:

@@ -17,6 +17,7 @@ from als_ext.methods import METHODS
 from als_ext.metrics import Record
 from als_ext.models import MLP, build_model
 from als_ext.ops._checks import check_choice
+from als_ext.runtime import seeded
 from als_ext.trainer import Trainer, TrainResult
 
 DEFAULTS: dict[str, Any] = {
@@ -89,8 +90,7 @@ def make_trainer(
         more: further arguments of :class:`als_ext.TrainConfig`.
     """
     config = train_config(name, settings, own, len(data.given_labels), **more)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])  # every method starts from the same weights
+    with seeded(settings["seed"]):  # every method starts from the same weights
         model = build_model(settings["model"], data.x_train.shape[1:], data.num_classes)
     return Trainer(model, config, num_classes=data.num_classes, out=out, progress=progress)
 

@@ -18,8 +18,8 @@ LAST = 10  # epochs of the mean that the Co-teaching protocol reports
 # Figures that are averaged over seeds, in the order of the tables; shares but for the last two.
 FIGURES = (
     "test_accuracy",  # after the last epoch
-    "test_accuracy_last10",  # mean of the last ten epochs; null if there were fewer
-    "test_accuracy_best",  # of the best epoch: chosen by the test labels, so an oracle
+    "test_accuracy_last10",  # mean of the last training's last ten epochs; null if it had fewer
+    "test_accuracy_best",  # of its best epoch: chosen by the test labels, so an oracle
     "detection_precision",
     "detection_recall",
     "detection_f1",
@@ -45,9 +45,16 @@ def detected(done: TrainResult) -> Tensor | None:
     return changed if suspect is None else changed | suspect.bool()
 
 
-def cell_figures(done: TrainResult, true: Tensor | None) -> Record:
-    """What is measured beside the figures of ``als-ext run``."""
-    accuracies = [record["test_accuracy"] for record in done.history]
+def cell_figures(done: TrainResult, true: Tensor | None, epochs: int) -> Record:
+    """What is measured beside the figures of ``als-ext run``.
+
+    Args:
+        done: the training's result.
+        true: int64 [n]; None where nobody knows them.
+        epochs: of one training. A method that trains more than once is measured in its last one.
+    """
+    before = max(0, len(done.history) - epochs)
+    accuracies = [record["test_accuracy"] for record in done.history[before:]]
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     best = max(known, default=None)
     found = detected(done)
@@ -55,7 +62,7 @@ def cell_figures(done: TrainResult, true: Tensor | None) -> Record:
     return {
         "test_accuracy_last10": statistics.fmean(known[-LAST:]) if len(known) >= LAST else None,
         "test_accuracy_best": best,
-        "best_epoch": None if best is None else 1 + accuracies.index(best),
+        "best_epoch": None if best is None else 1 + before + accuracies.index(best),
         **(
             dict.fromkeys(names)
             if found is None or true is None

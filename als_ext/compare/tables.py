@@ -54,7 +54,7 @@ def markdown(results: Sequence[Result]) -> str:
     """The page ``table.md``."""
     rows = aggregate(results)
     seeds = len({result["seed"] for result in results})
-    parts = ["# Comparison", _summary(results, seeds)]
+    parts = ["# Comparison", _summary(results, seeds), *_told(results)]
     for dataset in _unique(row.dataset for row in rows):
         mine = [row for row in rows if row.dataset == dataset]
         parts.append(f"## {dataset}")
@@ -85,6 +85,22 @@ def _summary(results: Sequence[Result], seeds: int) -> str:
         f"{'seed' if seeds == 1 else 'seeds'}; (1 of 3) marks a mean over fewer. – is undefined: "
         "nothing to count, the method says nothing, or the truth is unknown."
     )
+
+
+def _told(results: Sequence[Result]) -> list[str]:
+    """What some methods know about the labels and others do not; nothing where none does."""
+    facts: dict[str, list[str]] = {}  # methods by what they were told
+    for result in results:
+        if result["status"] != "done":
+            continue
+        if result["clean_per_class"]:
+            fact = f"the true labels of {result['clean_per_class']} samples a class"
+            facts.setdefault(fact, []).append(result["method"])
+        if result["settings"].get("noise_rate") is not None:
+            fact = f"a noise rate of {result['settings']['noise_rate']}"
+            facts.setdefault(fact, []).append(result["method"])
+    lines = [f"* {', '.join(_unique(methods))}: {fact}" for fact, methods in facts.items()]
+    return ["Methods that were told more than the others:", "\n".join(lines)] if lines else []
 
 
 def _pivot(rows: Sequence[Row], figure: str, seeds: int) -> str:

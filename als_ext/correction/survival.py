@@ -20,6 +20,8 @@ likeliest. This project's own procedure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,8 +58,8 @@ def surviving_labels(
         return torch.zeros_like(voter), RATES[-1]
     counts = _Regions(graph, voter, num_classes, region)
     best, chosen, chosen_rate = -float("inf"), voter, RATES[-1]
-    for rate in (r for r in RATES if r >= 1.0 / num_classes):
-        label, likelihood = counts.label(rate, spread)
+    rates = [rate for rate in RATES if rate >= 1.0 / num_classes]
+    for rate, (label, likelihood) in zip(rates, counts.labels(rates, spread), strict=True):
         kept = counts.kept(label)
         # Without its own support a rate explains every region by a class that is not there.
         merit = likelihood + _FAVOUR * rate
@@ -65,7 +67,7 @@ def surviving_labels(
             best, chosen, chosen_rate = merit, label, rate
     for _ in range(_REFINEMENTS):
         chosen_rate = min(max(counts.kept(chosen), RATES[0]), RATES[-1])
-        chosen, _ = counts.label(chosen_rate, spread)
+        ((chosen, _),) = counts.labels([chosen_rate], spread)
     return chosen, chosen_rate
 
 
@@ -92,22 +94,23 @@ class _Regions:
         own = (self._voter[:, None] == block).float()
         return self._graph.total(own, self._region).double()
 
-    def label(self, rate: float, spread: tuple[int, ...]) -> tuple[Tensor, float]:
-        """The likeliest class of every row at this rate, and the mean of its log-likelihood."""
-        best = torch.full_like(self._voter, -float("inf"), dtype=torch.float32)
-        label = torch.zeros_like(self._voter)
+    def labels(self, rates: Sequence[float], spread: tuple[int, ...]) -> list[tuple[Tensor, float]]:
+        """For each rate the likeliest class of every row, and the mean of its log-likelihood."""
+        label = [torch.zeros_like(self._voter) for _ in rates]
+        best = [torch.full_like(row, -float("inf"), dtype=torch.float32) for row in label]
         for block in self._blocks:
-            mean = self._likelihood(block, rate)
-            for k in spread:
-                mean = self._graph.mean(mean, k)
-            value, at = mean.max(dim=1)
-            better = value > best
-            best = torch.where(better, value, best)
-            label = torch.where(better, block[at], label)
-        return label, float(best.double().mean())
+            count = self._count(block)  # once for all rates; kept, it would be n x C numbers
+            for i, rate in enumerate(rates):
+                mean = self._likelihood(count, rate)
+                for k in spread:
+                    mean = self._graph.mean(mean, k)
+                value, at = mean.max(dim=1)
+                better = value > best[i]
+                best[i] = torch.where(better, value, best[i])
+                label[i] = torch.where(better, block[at], label[i])
+        return [(row, float(top.double().mean())) for row, top in zip(label, best, strict=True)]
 
-    def _likelihood(self, block: Tensor, rate: float) -> Tensor:
-        count = self._count(block)
+    def _likelihood(self, count: Tensor, rate: float) -> Tensor:
         others = self._size - count
         right, wrong = rate * _CONCENTRATION, (1.0 - rate) * _CONCENTRATION
         log = _log_rising(right, count) + _log_rising(wrong, others)
