@@ -1,6 +1,6 @@
 """Third-party peers of the GPU benchmarks: optional, imported where asked for, skipped by name.
 
-Written from the source of the versions named here; none of them has been run on a GPU yet.
+Written from the source of the versions named here. FlashLib alone has run on a GPU so far.
 
 * Liger-Kernel (``liger-kernel`` 0.8.5): ``LigerCrossEntropyLoss``. Its forward pass overwrites
   logits that need a gradient with that gradient, so it gets logits of its own, and waits for the

@@ -255,7 +255,7 @@ def origin(results: dict[str, dict[str, Any]]) -> str:
             " (QUICK RUN: sizes too small to mean anything)" if result["settings"]["quick"] else ""
         )
         code = f"{(commit['hash'] or 'unknown')[:8]}{changed}"
-        if commit["hash"] is None:
+        if commit["hash"] is None or commit["dirty"]:  # then the files tell which code it was
             code += f" (files {commit['files']})"
         gpu = f"{where['gpu']}; " if of_gpu(result) else ""
         lines.append(

@@ -8,9 +8,9 @@ Registers, shared memory, stack, spills and planned occupancy of every kernel, f
 architecture in the library, against the committed table tests/cuda_static.json. The gate fails when
 a number got worse, when a kernel is missing or not in the table, and when a rule is broken. Rules
 are written by hand and --update leaves them alone: which instructions a kernel must have, and which
-at most how often, how many bytes it may spill and why, how many threads a block has, how much
-dynamic shared memory is planned. A rule that is "off" says what it waits for, is printed at every
-run, and fails as soon as it could be switched on.
+at most how often, how many bytes it may spill and why, how many threads a block or registers a
+thread it has, how much dynamic shared memory is planned. A rule that is "off" says what it waits
+for, is printed at every run, and fails as soon as it could be switched on.
 """
 
 from __future__ import annotations
@@ -270,8 +270,9 @@ def _unmet(rule: Row, matched: dict[str, Row]) -> list[str]:
 
 def _beyond(rule: Row, kernel: str, found: Row) -> Iterator[str]:
     """Numbers of a kernel that a rule fixes or limits."""
-    if found["threads"] != rule.get("threads", found["threads"]):
-        yield f"{kernel}: {found['threads']} threads a block, {rule['threads']} by its rule"
+    for key, what in (("threads", "threads a block"), ("registers", "registers a thread")):
+        if found[key] != rule.get(key, found[key]):
+            yield f"{kernel}: {found[key]} {what}, {rule[key]} by its rule"
     for name, most in rule.get("at_most", {}).items():
         count = has(found["opcodes"], name)
         if count > most:

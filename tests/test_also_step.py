@@ -64,6 +64,9 @@ def test_agrees_with_float64_reference(dtype, decoupled, amsgrad, half, device):
     states = [AlsoState.start(p) for p in lists.params]
     for _ in range(5):
         grads = lists.draw_grads()
+        for p, g in zip(lists.params, grads, strict=True):
+            # Where decay cancels a gradient, Adam makes a step of what rounding leaves of both.
+            g[(g.double() + SETTINGS["weight_decay"] * p.double()).abs() < 1e-4] += 1
         wanted = [
             also_step(
                 p,

@@ -128,7 +128,13 @@ RULES = [
     {"kernel": "copy<.*>", "require": ["LDG.128"], "why": "wide"},
     {"kernel": "slow", "may_spill": 8, "why": "float64"},
     {"kernel": "score.*", "any": True, "require": ["HGMMA"], "off": "not written yet"},
-    {"kernel": "score<1>", "threads": 256, "at_most": {"LDG.128": 2}, "why": "no more"},
+    {
+        "kernel": "score<1>",
+        "threads": 256,
+        "registers": 64,
+        "at_most": {"LDG.128": 2},
+        "why": "no more",
+    },
 ]
 
 
@@ -184,6 +190,7 @@ def test_nothing_changed_is_no_failure():
         ("copy<float>", "opcodes", {"LDG.E.128": 4, "STG.E.128": 2, "STL": 1}, "rules allow 0"),
         ("score<1>", "opcodes", {"HGMMA.64x64x16.F32.BF16": 4}, 'take "off" out of the rule'),
         ("score<1>", "threads", 1, "1 threads a block, 256 by its rule"),
+        ("score<1>", "registers", 56, "56 registers a thread, 64 by its rule"),
         ("score<1>", "opcodes", {"LDG.E.128": 2, "LDG.128.CONSTANT": 1}, "3 times LDG.128, 2 by"),
     ],
 )

@@ -160,6 +160,9 @@ def test_a_copy_without_git_is_known_by_its_files():
     result = synthetic()
     result["commit"] = {"hash": None, "dirty": None, "files": "12345678"}
     assert "unknown (files 12345678)" in report.origin({"gpu.json": result})
+    result["commit"] = {"hash": "9" * 40, "dirty": True, "files": "12345678"}
+    changed = "commit 99999999 with uncommitted changes (files 12345678)"
+    assert changed in report.origin({"gpu.json": result})
 
 
 def test_rooflines_are_drawn(tmp_path):

@@ -642,19 +642,23 @@ def peak_bytes(call):
 
 @pytest.mark.cuda
 def test_spans_of_queries_and_chunks_of_the_database_on_cuda():
-    """More queries than are served at a time (1664 here), more rows than are packed at a time."""
-    query, database = gaussian(2000, 64, "cuda", 1), gaussian(300_000, 64, "cuda")
+    """More queries than are served at a time, more rows than a part has.
+
+    40 MiB are 327,680 packed rows of 64 features, and 128 MiB the maxima of 1536 queries.
+    """
+    query, database = gaussian(2000, 64, "cuda", 1), gaussian(400_000, 64, "cuda")
     distance, index = knn(query, database, 10)
-    some = [0, 127, 128, 1663, 1664, 1999]
+    some = [0, 255, 256, 1535, 1536, 1999]
     want = knn(query[some].cpu(), database.cpu(), 10)
     assert_same((distance[some].cpu(), index[some].cpu()), want)
 
 
 @pytest.mark.cuda
 def test_more_rows_than_are_searched_at_a_time_on_cuda():
-    points = gaussian((1 << 20) + 77, 4, "cuda")
+    part = 655_360  # rows of one slab of features, 64 bytes each: 40 MiB
+    points = gaussian(part + 77, 4, "cuda")
     points[-40:] = points[7:47]  # ties over both parts
-    some = [7, 8, 40, 1000, (1 << 20) - 1, 1 << 20, (1 << 20) + 76]
+    some = [7, 8, 40, 1000, part - 1, part, part + 76]
     distance, index = knn(points, points, 20, exclude_self=True)
     assert not (index == torch.arange(len(points), device="cuda")[:, None]).any()
     want = knn(points[some].cpu(), points.cpu(), 21)
@@ -676,6 +680,18 @@ def test_few_queries_on_cuda(queries, dim, k, metric, dtype):
     for first in (0, 1):  # in the view, row 0 is not aligned where rows are not
         got = knn(query.cuda(), database.cuda()[first:], k, metric=metric)
         assert_same([t.cpu() for t in got], knn(query, database[first:], k, metric=metric))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("far", [False, True])
+def test_lengths_that_float32_does_not_have_on_cuda(far):
+    """Finite products of a query that is too long for float32, and of rows so long that |y|² is."""
+    query, database = gaussian(1, 4, "cpu", 1).double(), gaussian(20_000, 4, "cpu").double()
+    query, database = query * 1e50, database * 1e-50
+    if far:
+        query[:, 3], database[:, 3] = 0, 1e25
+    got = knn(query.cuda(), database.cuda(), 5, metric="ip")
+    assert_same([t.cpu() for t in got], knn(query, database, 5, metric="ip"))
 
 
 @pytest.mark.cuda
@@ -831,7 +847,10 @@ def test_a_pinned_database_is_not_waited_for():
 @pytest.mark.cuda
 def test_a_pinned_database_compiles_with_fullgraph():
     query, database = gaussian(9, 5, "cuda", 1), gaussian(20, 5, "cpu").pin_memory()
-    opcheck(torch.ops.als_ext.knn.default, (query, database, 3, 0, False, True))
+    arguments = (query, database, 3, 0, False, True)
+    # Not test_schema: it copies its arguments, into memory that is not pinned
+    utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    opcheck(torch.ops.als_ext.knn.default, arguments, test_utils=utils)
     for backend in ("aot_eager", "inductor"):
         torch._dynamo.reset()
         compiled = torch.compile(lambda q, y: knn(q, y, 3), fullgraph=True, backend=backend)

@@ -71,7 +71,9 @@ def weighted_loss(
         deterministic, and on the CPU independent of the number of threads. A weight of 0 times an
         infinite loss is NaN, as in IEEE arithmetic. Works in ``torch.compile`` with fullgraph,
         under ``torch.vmap`` (flattened to one call, one total a slice), with ``retain_graph`` and
-        in CUDA graphs; under autocast logits are taken as they come. Memory: the gradient is
+        in CUDA graphs; under autocast logits are taken as they come. A CUDA graph of the backward
+        pass alone multiplies in place what the forward pass has kept, at every replay once more:
+        capture both passes, or backward with ``retain_graph=True``. Memory: the gradient is
         allocated by the forward pass, and ``logits`` need not stay alive. For float16 logits it is
         kept in float32 until backward brings the factor of a GradScaler.
         ``torch.func.grad`` does not work over PyTorch's registered custom operators.
@@ -167,14 +169,14 @@ def _backward(ctx: Any, grad_total: Tensor | None, _: None, __: None) -> tuple[T
     if needs[0]:
         if not need_grad:
             raise RuntimeError("weighted_loss: called with need_grad=False")
-        # The kept tensor, which nobody sees or needs any more, becomes the result. The factor is
-        # looked at where it is: that of total.backward() is 1, and then nothing is read or written.
-        free = getattr(ctx, "direct", False) and not _keeps_graph()
-        if free and not batch and grad.dtype is dtype and has_values(grad_total):
+        # The kept tensor, unless it is needed again, becomes the result: nobody sees it. The factor
+        # is looked at where it is: that of total.backward() is 1, and then nothing is multiplied.
+        direct = getattr(ctx, "direct", False) and not batch and has_values(grad_total)
+        if direct and grad.dtype is dtype:
+            grad_logits = grad.clone() if _keeps_graph() else grad
             with torch._C._AutoDispatchBelowAutograd():
-                torch.ops.als_ext.weighted_loss_scale_.default(grad, grad_total)
-            torch.autograd.graph.increment_version(grad)
-            grad_logits = grad
+                torch.ops.als_ext.weighted_loss_scale_.default(grad_logits, grad_total)
+            torch.autograd.graph.increment_version(grad_logits)
         else:
             grad_logits = _scaled(grad, grad_total, batch, dtype)
     if needs[2]:
@@ -187,11 +189,9 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 def _scaled(rows: Tensor, factor: Tensor, batch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Rows of each total times its factor, in ``dtype``."""
-    if not batch and has_values(factor):
+    """Rows of each total times its factor, in ``dtype``; bfloat16 rows do not round the factor."""
+    if not batch and rows.dtype is factor.dtype and has_values(factor):
         return torch.mul(rows, factor, out=rows.new_empty(rows.shape, dtype=dtype))  # one kernel
-    if not batch:
-        return (rows * factor).to(dtype)
     totals = math.prod(batch)
     by_total = rows.reshape(totals, rows.shape[0] // totals, *rows.shape[1:])
     scaled = by_total * factor.reshape(totals, *(1,) * rows.dim())

@@ -1,4 +1,4 @@
-// Memory and sizes of the kNN of the CPU. Torch-free.
+// Memory of the kNN of the CPU. Torch-free.
 #pragma once
 
 #include <cmath>
@@ -31,8 +31,6 @@ class KnnBuffer {
   };
   std::unique_ptr<V, Free> data_;
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline float round_up(double x) { return nextafterf(static_cast<float>(x), INFINITY); }
 

@@ -30,7 +30,7 @@ void search(const Tensor& query, const Tensor& database, const Request& request,
     return;
   }
   const int64_t part = database.is_cuda()
-                           ? KnnCudaPlan::resident_rows(rows)
+                           ? KnnCudaPlan::resident_rows(rows, dim)
                            : KnnCudaPlan::part_rows(rows, dim, row_bytes, staging_bytes());
   const KnnCudaPlan plan = KnnCudaPlan::of(x.rows, part, dim);
   // Freed to the stream-ordered allocator at the end of the call.
@@ -67,6 +67,7 @@ KnnOutputs knn_cuda(const Tensor& query, const Tensor& database, int64_t k, int6
                     bool exclude_self, bool exact) {
   check_knn(query, database, k, metric, exclude_self);
   ALS_CHECK(k <= kKnnMaxK, "k: expected at most ", kKnnMaxK, " on CUDA, got ", k);
+  const CudaScope scope(query);
   if (database.is_cpu()) {
     ALS_CHECK(database.is_contiguous(), "database: expected contiguous rows in host memory");
     ALS_CHECK(in_pinned_memory(database),
@@ -74,7 +75,6 @@ KnnOutputs knn_cuda(const Tensor& query, const Tensor& database, int64_t k, int6
   }
   KnnOutputs outputs = empty_knn_outputs(query, k);
   if (query.size(0) == 0) return outputs;
-  const CudaScope scope(query);
   const Tensor x = torch::stable::contiguous(query);
   const Tensor y = torch::stable::contiguous(database);
   const Request request{k, static_cast<KnnMetric>(metric), exclude_self, exact};

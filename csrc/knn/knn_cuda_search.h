@@ -66,27 +66,26 @@ struct KnnCudaSearch {
 
  private:
   static unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
-  static int64_t tiles_of(const KnnRows<T>& y) { return knn_ceil_div(y.rows, kKnnTile); }
+  static int64_t tiles_of(const KnnRows<T>& y) { return ceil_div(y.rows, kKnnTile); }
 
   // Mean and extent of the database.
   void find_frame(const KnnRows<T>& y) const {
-    const int64_t part =
-        knn_ceil_div(y.rows, std::min(plan.sums, knn_ceil_div(y.rows, kKnnThreads)));
-    const int64_t parts = knn_ceil_div(y.rows, part);
+    const int64_t part = ceil_div(y.rows, std::min(plan.sums, ceil_div(y.rows, kKnnThreads)));
+    const int64_t parts = ceil_div(y.rows, part);
     STD_CUDA_CHECK(cudaMemsetAsync(memory.extent, 0, sizeof(KnnExtent), stream));
     knn_column_sums<<<grid(parts), kKnnThreads, 0, stream>>>(y, part, memory.sums, memory.extent);
     ALS_LAUNCH_CHECK();
-    knn_mean<<<grid(knn_ceil_div(y.dim, kKnnThreads)), kKnnThreads, 0, stream>>>(
+    knn_mean<<<grid(ceil_div(y.dim, kKnnThreads)), kKnnThreads, 0, stream>>>(
         memory.sums, parts, y.dim, memory.extent, memory.mean);
     ALS_LAUNCH_CHECK();
-    const int64_t blocks = std::min<int64_t>(knn_ceil_div(y.rows, kKnnSubgroups), 2048);
+    const int64_t blocks = std::min<int64_t>(ceil_div(y.rows, kKnnSubgroups), 2048);
     knn_extent<<<grid(blocks), kKnnThreads, 0, stream>>>(y, memory.mean, memory.extent);
     ALS_LAUNCH_CHECK();
   }
 
   // Group maxima by bf16 scores.
   void score(const KnnRows<T>& y, int64_t first, int64_t count) const {
-    const int64_t tiles = tiles_of(y), count_tiles = knn_ceil_div(count, kKnnTile);
+    const int64_t tiles = tiles_of(y), count_tiles = ceil_div(count, kKnnTile);
     knn_pack_queries<<<grid(count_tiles), kKnnThreads, 0, stream>>>(
         x, first, count, memory.mean, memory.extent, exact, memory.query, memory.queries,
         memory.bounds);
@@ -107,15 +106,15 @@ struct KnnCudaSearch {
   }
 
   void launch_score(KnnScoreParams params) const {
-    const int64_t query_tiles = knn_ceil_div(params.queries, kKnnTile);
+    const int64_t query_tiles = ceil_div(params.queries, kKnnTile);
     if (hopper_blocks > 0) {
-      const int64_t shares = knn_ceil_div(query_tiles, 2) * params.tiles;
+      const int64_t shares = ceil_div(query_tiles, 2) * params.tiles;
       knn_score_hopper<<<grid(std::min<int64_t>(shares, hopper_blocks)), kKnnHopperThreads,
                          kKnnHopperShared, stream>>>(params);
     } else {
       params.block_tiles = static_cast<int>(
           std::clamp<int64_t>(params.tiles * query_tiles / kFewestBlocks, 1, kLongestRun));
-      const dim3 blocks(grid(query_tiles), grid(knn_ceil_div(params.tiles, params.block_tiles)));
+      const dim3 blocks(grid(query_tiles), grid(ceil_div(params.tiles, params.block_tiles)));
       knn_score<<<blocks, kKnnThreads, kKnnScoreShared, stream>>>(params);
     }
     ALS_LAUNCH_CHECK();
@@ -123,12 +122,12 @@ struct KnnCudaSearch {
 
   // Group maxima by float32 scores, of the listed queries.
   void rescore(const KnnRows<T>& y, int64_t first, int64_t count) const {
-    const int64_t tiles = tiles_of(y), count_tiles = knn_ceil_div(count, kKnnTile);
+    const int64_t tiles = tiles_of(y), count_tiles = ceil_div(count, kKnnTile);
     knn_pack_queries_float<<<grid(count_tiles), kKnnThreads, 0, stream>>>(
         x, first, plan.depth, memory.mean, memory.queries, memory.listed, memory.float_query);
     ALS_LAUNCH_CHECK();
-    for (int64_t tile = 0; tile < tiles; tile += plan.chunk) {
-      const int64_t here = std::min(plan.chunk, tiles - tile);
+    for (int64_t tile = 0; tile < tiles; tile += plan.float_chunk) {
+      const int64_t here = std::min(plan.float_chunk, tiles - tile);
       knn_pack_database_float<<<grid(here), kKnnThreads, 0, stream>>>(
           y, tile * kKnnTile, plan.depth, memory.mean, memory.extent, memory.listed,
           memory.float_database, memory.float_half_norm);

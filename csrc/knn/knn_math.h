@@ -24,6 +24,8 @@
 
 namespace als {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum class KnnMetric : int64_t { kL2 = 0, kCosine = 1, kIp = 2 };
 
 // ---- order ----

@@ -34,7 +34,8 @@ struct KnnBound {
             __double2float_ru(0.5 * square_error), __double2float_ru(square_error * offset), 0.0f};
   }
   static __device__ KnnBound of_quick(const KnnQuick& q) {
-    return {__double2float_ru(q.radius), 0.0f, 0.0f, __double2float_ru(q.constant),
+    // finite: times a norm of 0 it has to stay 0 (float64 rows, whose bound is `share` alone)
+    return {fminf(__double2float_ru(q.radius), 3e38f), 0.0f, 0.0f, __double2float_ru(q.constant),
             __double2float_ru(q.share)};
   }
 };

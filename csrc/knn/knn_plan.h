@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "knn/knn_buffers.h"
+#include "knn/knn_math.h"
 #include "knn/knn_tile.h"
 
 namespace als {

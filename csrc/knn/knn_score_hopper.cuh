@@ -11,6 +11,12 @@ constexpr int kKnnHopperThreads = 3 * 128;    // a warpgroup that copies, two th
 constexpr int kKnnHopperShared = 227 * 1024;  // all that a block may have: one block an SM
 constexpr int kKnnHopperStages = 16;          // at most
 constexpr int kKnnHopperWarps = 4;            // of a warpgroup
+// Of a thread. Those of a block are handed out at its launch, in eights a thread, and stay as many:
+// a warpgroup that asks for more than others gave would wait for ever.
+constexpr int kKnnHopperRegisters = (1 << 16) / kKnnHopperThreads / 8 * 8;
+constexpr int kKnnCopyRegisters = 40, kKnnMultiplyRegisters = 232;
+static_assert(kKnnCopyRegisters + 2 * kKnnMultiplyRegisters <= 3 * kKnnHopperRegisters &&
+              kKnnCopyRegisters % 8 == 0 && kKnnMultiplyRegisters % 8 == 0);
 constexpr int kKnnHopperAlign = kWgmmaPattern;
 static_assert(kKnnRowBytes == kWgmmaRow && kKnnSlabBytes % kKnnHopperAlign == 0 &&
                   kKnnHalfNormBytes % kKnnHopperAlign == 0,
@@ -174,6 +180,7 @@ __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
     if (mine == 1 && !run.both) {  // no queries: only keeps the stages going
       for (int64_t i = int64_t{run.count} * plan.slabs; i > 0; --i) {
         barrier_wait(block.full + stage.index, stage.parity);
+        __syncwarp();  // no lane is left waiting when the parity comes round
         arrive(block.empty + stage.index);
         stage.next(plan.stages);
       }
@@ -262,10 +269,10 @@ __global__ void __launch_bounds__(ALS_KNN_HOPPER_THREADS) knn_score_hopper(KnnSc
   // The same in the whole warp, and told so: ptxas lets no wgmma overlap where threads may diverge.
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {
-    give_registers<40>();
+    give_registers<kKnnCopyRegisters>();
     if (threadIdx.x == 0) knn_hopper_copy(p, block);
   } else {
-    take_registers<232>();
+    take_registers<kKnnMultiplyRegisters>();
     knn_hopper_multiply(p, block, warpgroup - 1);
   }
 #else

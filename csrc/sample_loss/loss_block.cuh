@@ -287,14 +287,16 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(accumulate_t<scalar_t>) 
     if (target.fate != RowFate::kLoss) {
       if (writes) write_row(job, r, target.fate, T(0), RowSums<T>{});
       if (out) fill(out + begin, end - begin, value_without_loss<T>(target.fate));
-      wait_copies<0>();
+      wait_copies<0>();  // the next row's go to the same places
       continue;
     }
     if (!plan.early) chunk = start(begin);
     DeviceRow<T> row = device_row<kGeneral>(job, r, target);
-    await_chunk();
-
     RowSums<T> sums{};
+    if (!sums_up)
+      sums = {job.state_in[3 * r], job.state_in[3 * r + 1], job.state_in[3 * r + 2], T(0)};
+    await_chunk();  // the state is on its way, too
+
     if (sums_up) {
       PartSums<T> all;
       for (;;) {
@@ -307,8 +309,6 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(accumulate_t<scalar_t>) 
       if (blocks > 1) all = cluster_sums(all, shared.part, rank, blocks);
       sums = all.row_sums(row.side);
       row.top = all.top;
-    } else {
-      sums = {job.state_in[3 * r], job.state_in[3 * r + 1], job.state_in[3 * r + 2], T(0)};
     }
     if (threadIdx.x < 32) {
       finish_device_row<kGeneral>(job, r, row, sums, row.top, writes);

@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kElements > kFewElements ? kRegisterThreads : 
   if constexpr (kElements <= kFewElements) {
     if (!total) return;
     ALS_DYNAMIC_SHARED(loss_shared);
+    __syncwarp();  // a warp arrives as a whole: surplus rows went on without a gradient
     cluster_arrive();
     cluster_wait();
     if (cluster_rank() != 0) return;

@@ -62,7 +62,7 @@ inline void check_scale(const Tensor& grad, const Tensor& factor) {
   ALS_CHECK(grad.is_contiguous(), "grad_logits: expected a contiguous tensor");
   check_dtype(factor, accumulation_dtype(grad), "factor");
   check_same_device(factor, grad, "factor");
-  ALS_CHECK(factor.numel() == 1, "factor: expected one element, got ", factor.numel());
+  check_dim(factor, 0, "factor");
 }
 
 }  // namespace als

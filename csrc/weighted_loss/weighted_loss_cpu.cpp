@@ -1,4 +1,5 @@
-#include "common/parallel.h"
+#include <array>
+
 #include "sample_loss/loss_rows_cpu.h"
 #include "weighted_loss/weighted_loss.h"
 #include "weighted_loss/weighted_loss_math.h"
@@ -20,20 +21,21 @@ struct CpuWeightedLosses : CpuLosses {
   }
 };
 
+bool is_one(const Tensor& factor) {
+  return factor.scalar_type() == ScalarType::Double ? *factor.const_data_ptr<double>() == 1
+                                                    : *factor.const_data_ptr<float>() == 1;
+}
+
+// ATen has this loop for every instruction set, and takes a factor without dimensions as it is:
+// not rounded to the dtype of the gradient.
 void weighted_loss_scale_cpu(Tensor grad, Tensor factor) {
   check_scale(grad, factor);
-  dispatch_logits<CpuLosses::BFloat16, CpuLosses::Half>(grad, [&](auto* type) {
-    using scalar_t = std::remove_pointer_t<decltype(type)>;
-    using T = accumulate_t<scalar_t>;
-    const T f = *factor.const_data_ptr<T>();
-    if (f == 1) return;
-    auto* values = static_cast<scalar_t*>(grad.mutable_data_ptr());
-    parallel_for(grad.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        values[i] = static_cast<scalar_t>(static_cast<T>(values[i]) * f);
-      }
-    });
-  });
+  if (is_one(factor)) return;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 2> stack{from(grad), from(factor)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // owned by the caller
 }
 
 }  // namespace

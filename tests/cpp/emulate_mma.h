@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <set>
 #include <vector>
 
 #include "emulate_cuda.h"
@@ -32,6 +33,15 @@ inline Copies& copies() {
   Copies& mine = of_thread[thread_number];
   if (mine.launch != launch_number) mine = {launch_number, {}, {}};
   return mine;
+}
+
+// Where late copies of all threads have yet to land: two to one place have no order.
+inline std::set<const void*>& landings() {
+  static std::set<const void*> places;
+  static unsigned long launch = 0;
+  if (launch != launch_number) places.clear();
+  launch = launch_number;
+  return places;
 }
 
 inline float bf16_value(uint32_t word, int half) {
@@ -72,6 +82,10 @@ inline void copy16(void* shared, const void* global) {
     std::abort();
   }
   if (emulated::copies_are_late) {
+    if (!emulated::landings().insert(shared).second) {
+      std::fprintf(stderr, "emulated copy16: to where another copy is under way\n");
+      std::abort();
+    }
     emulated::copies().open.push_back({shared, global});
   } else {
     std::memcpy(shared, global, 16);
@@ -88,7 +102,10 @@ template <int kPending>
 void wait_copies() {
   auto& pending = emulated::copies().pending;
   for (; pending.size() > kPending; pending.pop_front()) {
-    for (const emulated::Copy& copy : pending.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const emulated::Copy& copy : pending.front()) {
+      std::memcpy(copy.to, copy.from, 16);
+      emulated::landings().erase(copy.to);
+    }
   }
 }
 

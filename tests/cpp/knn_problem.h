@@ -11,6 +11,7 @@
 
 namespace knn_problem {
 
+using als::ceil_div;
 using als::KnnMetric;
 using als::Neighbour;
 
@@ -18,7 +19,6 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr KnnMetric kMetrics[] = {KnnMetric::kL2, KnnMetric::kCosine, KnnMetric::kIp};
 
-inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 inline unsigned blocks(int64_t n, int64_t size) { return static_cast<unsigned>(ceil_div(n, size)); }
 
 // As aligned as device memory. Starts as NaNs: what is read must have been written.

@@ -197,6 +197,16 @@ TEST(KnnFew, RowsThatHurt) {
   }
 }
 
+TEST(KnnFew, FarBeyondFloat32) {  // |x|, and in the end |y|^2 too, which float32 then knows as 0
+  Problem<double> p = gaussian<double>(1, 20'000, 4, 5, KnnMetric::kIp);
+  for (double& x : p.query) x *= 1e50;
+  for (double& y : p.database) y *= 1e-50;
+  EXPECT_EQ(wrong(p, groups_of(4, p.rows)), 0);
+  p.query[3] = 0.0;
+  for (int64_t row = 0; row < p.rows; ++row) p.database[row * p.dim + 3] = 1e25;
+  EXPECT_EQ(wrong(p, groups_of(4, p.rows)), 0);
+}
+
 TEST(KnnFew, FarFewerFiniteRowsThanNeighbours) {
   Problem<float> p = gaussian(2, 600, 3, 10, KnnMetric::kL2);
   for (int64_t row = 0; row < p.rows; ++row) {

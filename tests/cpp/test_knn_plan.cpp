@@ -28,7 +28,7 @@ TEST(KnnCudaPlan, MemoryIsWithinThePromise) {
   for (int64_t dim : kDims) {
     for (int64_t queries : kCounts) {
       for (int64_t rows : kCounts) {
-        const int64_t resident = KnnCudaPlan::resident_rows(rows);
+        const int64_t resident = KnnCudaPlan::resident_rows(rows, dim);
         if (resident * dim * 2 < int64_t{200} << 30) {  // exists on a device
           most = std::max(most, workspace(queries, resident, dim));
         }
@@ -57,7 +57,7 @@ TEST(KnnCudaPlan, PartsFillTheirBuffersAndArePackedOnce) {
       EXPECT_TRUE(part < als::kKnnTile || part % als::kKnnTile == 0) << part;
       const bool fills = 4 * part * row >= 3 * als::kStagingBytes;
       EXPECT_TRUE(fills || plan.chunk > 1) << dim;
-      EXPECT_TRUE(fills || (part + als::kKnnTile) * (plan.tile_bytes + 4 * plan.float_tile()) >
+      EXPECT_TRUE(fills || (part + als::kKnnTile) * plan.tile_bytes >
                                KnnCudaPlan::kChunkBytes * als::kKnnTile)
           << dim;
     }
@@ -85,7 +85,7 @@ TEST(KnnCudaPlan, ALaterSmallerPartFitsTheMemoryOfTheFirst) {
 TEST(KnnCudaMemory, PlacesAreAlignedAndApart) {
   const KnnCudaPlan plan = KnnCudaPlan::of(300, 1000, 33);
   const KnnCudaMemory m = KnnCudaMemory::of(plan, 4096);
-  const int64_t query_tiles = als::knn_ceil_div(plan.span, als::kKnnTile);
+  const int64_t query_tiles = als::ceil_div(plan.span, als::kKnnTile);
   const std::vector<std::pair<void*, int64_t>> places = {
       {m.sums, plan.sums * plan.dim * 8},
       {m.mean, plan.dim * 8},
@@ -99,8 +99,8 @@ TEST(KnnCudaMemory, PlacesAreAlignedAndApart) {
       {m.group_norm, plan.groups * 4},
       {m.group_residual, plan.groups * 4},
       {m.float_query, query_tiles * 128 * plan.depth * 4},
-      {m.float_database, plan.chunk * 128 * plan.depth * 4},
-      {m.float_half_norm, plan.chunk * 128 * 4},
+      {m.float_database, plan.float_chunk * 128 * plan.depth * 4},
+      {m.float_half_norm, plan.float_chunk * 128 * 4},
       {m.listed.query, plan.span * 4},
       {m.listed.count, 4}};
   uintptr_t end = 4096;

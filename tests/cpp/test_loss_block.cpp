@@ -324,4 +324,16 @@ TEST(LossBlock, WaitsForItsCopies) {
   emulated::copies_are_late = false;
 }
 
+// A short row is copied before its target is known; the next row's copies go to the same places.
+TEST(LossBlock, IgnoredRowsLeaveNoCopiesUnderWay) {
+  emulated::copies_are_late = true;
+  Batch<double> want(4, 1500);
+  want.index[0] = want.index[2] = -100;
+  Device<__nv_bfloat16> got(kCases[0], want, {1, 0, 1});
+  const LossPlan plan = hopper<__nv_bfloat16>(want.classes);
+  ASSERT_TRUE(plan.early);
+  expect_float64(got, want, plan);
+  emulated::copies_are_late = false;
+}
+
 }  // namespace
