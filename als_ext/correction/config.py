@@ -26,7 +26,7 @@ class CorrectionConfig:
         region: neighbours that, with the sample, make the region in which labels are counted for
             the first guess, >= 1.
         spread: neighbours over which the likelihood of the regions is averaged, in this order; each
-            >= 1, at least one.
+            >= 1, at least one. The last ones are left out where that predicts hidden labels better.
         rounds: votes after the first guess, >= 1; each votes with the labels of the one before.
         min_share: a relabel needs at least this share of the votes, in [0, 1].
         min_margin: a relabel needs at least this lead over the best other class, in [-1, 1];
@@ -54,7 +54,7 @@ class CorrectionConfig:
     voters: str = "trusted"
     metric: str = "cosine"
     region: int = 30
-    spread: tuple[int, ...] = (20, 20, 50, 50)
+    spread: tuple[int, ...] = (5, 20, 20, 50, 50)
     rounds: int = 6
     min_share: float = 0.0
     min_margin: float = -1.0

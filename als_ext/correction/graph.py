@@ -53,6 +53,13 @@ class Graph:
         """Mean of ``values`` [n, b] over each row and its k nearest neighbours, [n, b]."""
         return self.total(values, k).div_(k + 1)
 
+    def alike(self, label: Tensor, k: int) -> float:
+        """Share of the k nearest neighbours, over all rows, with the label of the row."""
+        same = torch.zeros((), dtype=torch.int64, device=label.device)
+        for rows in self.blocks(k):
+            same += (label[self.indices[rows, :k]] == label[rows, None]).sum()
+        return int(same) / (len(self) * k)
+
     def votes(self, rows: slice, label: Tensor, num_classes: int, k: int) -> Tensor:
         """How many of the k nearest neighbours of these rows have each label, int64 [rows, C].
 
