@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from als_ext import CorrectionConfig, LabelCorrector, correct_labels
 from als_ext.correction import survival
 from als_ext.correction.config import neighbourhoods, neighbours_that_vote
+from als_ext.correction.graph import Graph
 from als_ext.correction.suspects import noise_channel, score_evidence, score_threshold
 
 
@@ -87,31 +88,52 @@ def first_guess(near, given, classes, region, spread):
     """als_ext/correction/survival.py with loops."""
     n = len(given)
 
-    def label(rate):
+    def by_hop(rate, seen):
+        """Guess and mean log-likelihood after each averaging, from the labels that are seen."""
         likelihood = np.zeros((n, classes))
         for i in range(n):
-            count = np.bincount(given[[i, *near[i][:region]]], minlength=classes)
+            rows = [row for row in (i, *near[i][:region]) if seen[row]]
+            count = np.bincount(given[rows], minlength=classes)
             size = count.sum()
             for z in range(classes):
                 others = size - count[z]
                 log = log_rising(100 * rate, count[z]) + log_rising(100 * (1 - rate), others)
                 log -= log_rising(100, size) + log_rising(0.1 * (classes - 1), others)
                 log += sum(log_rising(0.1, count[j]) for j in range(classes) if j != z)
-                likelihood[i, z] = log / size
+                likelihood[i, z] = log / max(size, 1)
         for k in spread:
             likelihood = np.array([likelihood[[i, *near[i][:k]]].mean(0) for i in range(n)])
-        return likelihood.argmax(1), likelihood.max(1).mean()
+            yield likelihood.argmax(1), likelihood.max(1).mean()
 
-    best = (-np.inf, None, None)
-    for rate in (r for r in survival.RATES if r >= 1 / classes):
-        guess, likelihood = label(rate)
-        if rate / 2 <= (guess == given).mean() <= rate * 2:
-            best = max(best, (likelihood + 0.05 * rate, rate, guess), key=lambda b: b[0])
-    guess = best[2]
-    for _ in range(2):
-        rate = (guess == given).mean().clip(survival.RATES[0], survival.RATES[-1])
-        guess = label(rate)[0]
-    return guess, rate
+    def kept(guess):
+        return float((guess == given).mean().clip(survival.RATES[0], survival.RATES[-1]))
+
+    everyone = np.ones(n, dtype=bool)
+    rates = [rate for rate in survival.RATES if rate >= 1 / classes]
+    fold = torch.randint(5, (n,), generator=torch.Generator().manual_seed(0)).numpy()
+
+    def best_rate(hops):
+        best = (-np.inf, survival.RATES[-1], given)
+        for rate in (*rates, None, None):
+            rate = rate or kept(best[2])
+            guess, likelihood = list(by_hop(rate, everyone))[hops - 1]
+            if rate / 2 <= kept(guess) <= rate * 2:
+                best = max(best, (likelihood + 0.17 * rate, rate, guess), key=lambda b: b[0])
+        return best[1]
+
+    hops = len(spread)
+    for _ in range(3):
+        before, rate = hops, best_rate(hops)
+        found = np.zeros(len(spread))
+        for hidden in (fold == number for number in range(5)):
+            for hop, (guess, _) in enumerate(by_hop(rate, ~hidden)):
+                found[hop] += (guess == given)[hidden].sum()
+        guesses = [guess for guess, _ in by_hop(rate, everyone)]
+        alike = [np.mean([g[near[i][:region]] == g[i] for i in range(n)]) for g in guesses]
+        hops = 1 + (found * alike).argmax()
+        if hops == before:
+            break
+    return guesses[hops - 1], kept(guesses[hops - 1])
 
 
 def transcription(x, given, score, classes, k, rounds, smoothing, region, spread):
@@ -175,6 +197,36 @@ def test_follows_the_documented_procedure(device, k, rounds, with_scores):
     np.testing.assert_allclose(result.log_odds.cpu().numpy(), odds, rtol=1e-5, atol=1e-5)
     assert result.k == k
     assert result.survival == pytest.approx(rate)
+
+
+# --- how far likelihoods are averaged, and why ----------------------------------------------------
+
+
+def first(x, given, classes, region=30, spread=(5, 20, 20, 50, 50)):
+    graph = Graph(x, 50, "l2", "exact")
+    return survival.surviving_labels(graph, given, classes, region, spread)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_small_patches_are_not_averaged_away(seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(3000, 2, generator=g)
+    truth = ((x[:, 0] * 24).long() + (x[:, 1] * 6).long()) % 3  # 144 patches of 21 samples
+    given = torch.where(torch.rand(3000, generator=g) < 0.1, (truth + 1) % 3, truth)
+    label, rate = first(x, given, 3, region=8)
+    assert (label == truth).double().mean() > 0.8  # all five averagings: .39
+    assert rate > 0.7
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_many_wrong_labels_are_averaged_over_large_neighbourhoods(seed):
+    x, truth = blobs(3000, 4, seed=seed)
+    given = symmetric(truth, 0.7, 4, seed)
+    label, rate = first(x, given, 4)
+    one, _ = first(x, given, 4, spread=(5,))
+    right = [(guess == truth).double().mean() for guess in (one, label)]
+    assert right[1] > right[0] + 0.15
+    assert rate == pytest.approx(0.3, abs=0.02)
 
 
 # --- invariances ----------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ _SPARSITY = 0.1  # alpha: a region has few kinds of wrong labels
 # at the rate of the mistakes. This many nats a row speak for the larger rate.
 _FAVOUR = 0.17
 _FOLDS = 5
+_ROUNDS = 3  # of choosing the rate, then the averagings
 _BLOCK = 1 << 22  # numbers [n, classes] in one go
 
 
@@ -60,11 +61,16 @@ def surviving_labels(
     if num_classes == 1:
         return torch.zeros_like(voter), RATES[-1]
     counts = _Regions(graph, voter, num_classes, region)
-    nothing = _Guess(-float("inf"), RATES[-1], voter)
-    guess = _best([rate for rate in RATES if rate >= 1.0 / num_classes], counts, spread, nothing)
-    for _ in range(_REFINEMENTS):
-        guess = _best([counts.kept(guess.label)], counts, spread, guess)
-    hops = _enough_hops(graph, voter, num_classes, region, spread, guess.rate)
+    rates = [rate for rate in RATES if rate >= 1.0 / num_classes]
+    hops = len(spread)
+    for _ in range(_ROUNDS):
+        before, guess = hops, _Guess(-float("inf"), RATES[-1], voter)
+        guess = _best(rates, counts, spread[:hops], guess)
+        for _ in range(_REFINEMENTS):
+            guess = _best([counts.kept(guess.label)], counts, spread[:hops], guess)
+        hops = _enough_hops(graph, voter, num_classes, region, spread, guess.rate)
+        if hops == before:
+            break
     ((label, _),) = counts.labels([guess.rate], spread[:hops])
     return label, counts.kept(label)
 
