@@ -61,6 +61,10 @@ class LoaderBatches:
         """Batches of this epoch that were handed out."""
         return self._order.position
 
+    def set_epoch(self, epoch: int) -> None:
+        """Start ``epoch`` (at least 0) at its first batch."""
+        self._order.set_epoch(epoch)
+
     def __len__(self) -> int:
         return len(self._order)
 

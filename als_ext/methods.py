@@ -88,6 +88,7 @@ class Method(ABC):
     corrects: ClassVar[bool] = False  # whether it needs embeddings and may change labels
     trains: ClassVar[bool] = True  # whether there are steps; without, an epoch is after_epoch alone
     needs_clean: ClassVar[bool] = False  # whether it needs samples whose labels are known
+    takes_clean: ClassVar[bool] = False  # whether it uses them where there are some
     augments: ClassVar[bool] = False  # whether it trains on random views unless told otherwise
     Settings: ClassVar[type[Any]] = NoSettings
 
@@ -182,7 +183,8 @@ class Method(ABC):
         self.amp.load_state_dict(state["amp"])
 
     def report(self) -> dict[str, Tensor] | None:
-        """Per-sample tensors [n] about the correction of labels; None without one."""
+        """Per-sample tensors [n] about the labels: ``suspect`` of filters, and of corrections
+        ``share`` and ``margin`` as well; None for a method that judges no label."""
         return None
 
 

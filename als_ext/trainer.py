@@ -53,8 +53,8 @@ class TrainResult:
         history: one record an epoch; the keys are ``als_ext.metrics.FIELDS``.
         label_metrics: accuracy of the labels before and after, precision and recall of the
             relabels (:func:`als_ext.metrics.label_metrics`); None where undefined.
-        report: per-sample tensors [n] of the last correction: share, margin, suspect; None for
-            a method that corrects nothing.
+        report: per-sample tensors [n] of the last correction: share, margin, suspect; of a filter
+            suspect alone; None for a method that judges no label.
         losses: float32 [n] on the CPU, the latest training loss of each sample against the label
             that it had then, nats.
         log_pi: float32 [n] on the CPU, log π after the last epoch, nats; None for a method whose
@@ -183,9 +183,9 @@ class Trainer:
         while batches.epoch < self._epochs:
             epoch = batches.epoch
             method.train_mode()
-            for x, label, index in batches:
-                if not method.trains:
-                    continue
+            if not method.trains:
+                batches.set_epoch(epoch + 1)  # nothing is loaded
+            for x, label, index in batches if method.trains else ():
                 done = epoch * len(batches) + batches.position
                 lr = method.lr_at(done - 1, len(batches))
                 for group in method.optimizer.param_groups:

@@ -81,7 +81,7 @@ def train(job: Job, progress: bool | Progress = False) -> Result:
     save_samples(job.folder / SAMPLES_FILE, done, data.true_labels, rows, embedding)
     facts = describe(job.settings, data, trainer)
     kind = METHODS[job.variant.method]
-    if not getattr(kind, "takes_clean", kind.needs_clean):  # it got them and did not look
+    if not (kind.takes_clean or kind.needs_clean):  # it got them and did not look
         facts["clean_per_class"] = 0
     return {
         "status": "done",
