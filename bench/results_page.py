@@ -1,0 +1,120 @@
+"""Tables of docs/results.md from bench/results: compare-*/cells.jsonl, correction-tabular.jsonl.
+
+    python bench/results_page.py
+
+Each part of the page between ``<!-- results: DATASET TABLE -->`` and ``<!-- results: end -->`` is
+made again; tests/test_results_page.py compares the page with the cells.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.markdown import markdown_table  # noqa: E402
+
+PAGE = ROOT / "docs" / "results.md"
+CELLS = ROOT / "bench" / "results"
+OURS = "als-lc"
+_PART = re.compile(r"(<!-- results: ([\w-]+) (\w+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
+Cell = dict[str, Any]
+
+
+def read_cells(dataset: str) -> dict[tuple[str, str], list[Cell]]:
+    """Finished cells by noise and method, in the order of the file."""
+    lines = (CELLS / f"compare-{dataset}" / "cells.jsonl").read_text(encoding="utf-8").splitlines()
+    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in map(json.loads, lines):
+        if cell["status"] == "done":
+            groups[cell["noise"], cell["method"]].append(cell)
+    return groups
+
+
+def _noises(groups: dict[tuple[str, str], list[Cell]]) -> list[str]:
+    """By kind, then by rate."""
+    order = ["none", "symmetric", "pair", "asymmetric", "instance"]
+    return sorted({noise for noise, _ in groups}, key=lambda n: (order.index(n.split(":")[0]), n))
+
+
+def _percent(cells: list[Cell], figure: str) -> str:
+    """The mean over the seeds, and their standard deviation if there are several."""
+    values = [100 * cell[figure] for cell in cells if cell.get(figure) is not None]
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _name(noise: str) -> str:
+    kind, _, rate = noise.partition(":")
+    return kind if not rate else f"{kind} {float(rate):.0%}".replace("%", " %")
+
+
+def accuracy_table(dataset: str) -> str:
+    """Test accuracy after the last epoch: a row a method, a column a noise."""
+    groups = read_cells(dataset)
+    noises = _noises(groups)
+    methods = list(dict.fromkeys(method for _, method in groups))
+    methods.sort(key=lambda method: (method != OURS, method))
+    rows = [
+        [method, *(_percent(groups.get((noise, method), []), "test_accuracy") for noise in noises)]
+        for method in methods
+    ]
+    return markdown_table(["test accuracy, %", *map(_name, noises)], rows)
+
+
+def labels_table(dataset: str) -> str:
+    """What our method made of the labels: a row a noise."""
+    groups = read_cells(dataset)
+    head = ["noise", "right before", "right after", "relabels that are right (precision)"]
+    head += ["wrong labels put right (recall)", "good labels doubted", "seconds", "seeds"]
+    rows = []
+    for noise in _noises(groups):
+        cells = groups.get((noise, OURS), [])
+        if not cells:
+            continue
+        for cell in cells:
+            doubted = cell["detected"] * (1 - (cell["detection_precision"] or 0.0))
+            cell["doubted"] = doubted / (cell["samples"] * cell["label_accuracy_before"])
+        figures = ("label_accuracy_before", "label_accuracy_after", "relabel_precision")
+        figures = (*figures, "relabel_recall", "doubted")
+        seconds = f"{statistics.fmean(cell['seconds'] for cell in cells):.0f}"
+        rows.append(
+            [_name(noise), *(_percent(cells, name) for name in figures), seconds, str(len(cells))]
+        )
+    return markdown_table(head, rows)
+
+
+def right_table(name: str) -> str:
+    """Right labels after the best plain vote and after ours: a row a set, a column a noise."""
+    lines = (CELLS / f"correction-{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    right: dict[str, dict[str, list[float]]] = {}
+    for line in map(json.loads, lines):  # ours is the last method of each noise
+        noises = right.setdefault(f"{line['set']}, n = {line['samples']}", {})
+        noises.setdefault(line["noise"], []).append(line["label_accuracy_after"])
+    noises = list(next(iter(right.values())))
+    rows = [
+        [name, *(f"{max(found[noise][:-1]):.3f} / {found[noise][-1]:.3f}" for noise in noises)]
+        for name, found in right.items()
+    ]
+    return markdown_table(["set", *map(_name, noises)], rows)
+
+
+TABLES = {"accuracy": accuracy_table, "labels": labels_table, "right": right_table}
+
+
+def with_tables(page: str) -> str:
+    """The page with its tables made again."""
+    return _PART.sub(lambda part: f"{part[1]}\n{TABLES[part[3]](part[2])}\n\n{part[4]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

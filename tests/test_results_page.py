@@ -1,0 +1,54 @@
+"""docs/results.md says what the committed cells say."""
+
+import json
+
+import pytest
+
+from bench import results_page
+
+
+def test_the_page_is_made_from_the_committed_cells():
+    page = results_page.PAGE.read_text(encoding="utf-8")
+    parts = results_page._PART.findall(page)
+    assert len(parts) >= 2
+    assert results_page.with_tables(page) == page, "run: python bench/results_page.py"
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    """Two seeds of one cell, one of another, and one that failed."""
+    monkeypatch.setattr(results_page, "CELLS", tmp_path)
+    line = {"dataset": "d", "noise": "pair:0.45", "method": "als-lc", "status": "done"}
+    line |= {"samples": 1000, "label_accuracy_before": 0.5, "label_accuracy_after": 0.9}
+    line |= {"relabel_precision": 0.75, "relabel_recall": 1.0, "seconds": 2.0, "seed": 0}
+    line |= {"detected": 400, "detection_precision": 0.95, "test_accuracy": 0.8}
+    other = {**line, "seed": 1, "test_accuracy": 0.9}
+    plain = {**line, "method": "erm", "noise": "none", "relabel_precision": None}
+    failed = {**line, "seed": 2, "status": "failed", "test_accuracy": None}
+    folder = tmp_path / "compare-d"
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in (line, other, plain, failed))
+    (folder / "cells.jsonl").write_text(lines)
+
+
+def test_tables_by_hand(cells):
+    assert results_page.accuracy_table("d").splitlines() == [
+        "| test accuracy, % | none | pair 45 % |",
+        "| --- | --- | --- |",
+        "| als-lc | – | 85.00 ± 7.07 |",
+        "| erm | 80.00 | – |",
+    ]
+    row = results_page.labels_table("d").splitlines()[2]
+    # 400 doubted, 5 % of them of the 500 good ones
+    assert row == (
+        "| pair 45 % | 50.00 ± 0.00 | 90.00 ± 0.00 | 75.00 ± 0.00 | 100.00 ± 0.00 "
+        "| 4.00 ± 0.00 | 2 | 2 |"
+    )
+
+
+def test_only_marked_parts_are_replaced(cells):
+    page = "a\n<!-- results: d accuracy -->\nold\n<!-- results: end -->\nb\n"
+    new = results_page.with_tables(page)
+    assert new.startswith("a\n<!-- results: d accuracy -->\n\n| test accuracy")
+    assert new.endswith("|\n\n<!-- results: end -->\nb\n")
+    assert results_page.with_tables(new) == new
