@@ -174,11 +174,13 @@ def correct(
             heard = None
             if score is not None:
                 heard = score_evidence(score, label != given, current == given, config.score_limit)
+            voting = label.masked_fill(voter < 0, -1)
+            sure = graph.unanimous(label, voting, k)
             vote = bayes_vote(
                 graph,
-                label.masked_fill(voter < 0, -1),
+                voting,
                 given,
-                noise_channel(label, given, num_classes),
+                noise_channel(label, given, num_classes, sure),
                 k,
                 config.vote_smoothing,
                 heard,

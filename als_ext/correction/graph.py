@@ -60,6 +60,13 @@ class Graph:
             same += (label[self.indices[rows, :k]] == label[rows, None]).sum()
         return int(same) / (len(self) * k)
 
+    def unanimous(self, label: Tensor, voter: Tensor, k: int) -> Tensor:
+        """Whether all k nearest neighbours of a row vote for its label, bool [n]."""
+        out = torch.empty_like(label, dtype=torch.bool)
+        for rows in self.blocks(k):
+            out[rows] = (voter[self.indices[rows, :k]] == label[rows, None]).all(dim=1)
+        return out
+
     def votes(self, rows: slice, label: Tensor, num_classes: int, k: int) -> Tensor:
         """How many of the k nearest neighbours of these rows have each label, int64 [rows, C].
 

@@ -5,20 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ENOUGH = 100  # samples, to estimate a row of the channel by
 _BINS = 50
 _SAMPLES_PER_BIN = 100  # fewer, and the measured rate of a bin is mostly chance
 
 
-def noise_channel(label: Tensor, given: Tensor, num_classes: int) -> Tensor:
+def noise_channel(
+    label: Tensor, given: Tensor, num_classes: int, sure: Tensor | None = None
+) -> Tensor:
     """Estimate P(given label = column | true label = row), ``label`` standing for the truth.
 
     The confusion of the two, rows normalised; 1 / num_classes is added to each count, so that a
-    class without samples gets a flat row.
+    class without samples gets a flat row. Where classes overlap ``label`` is often wrong, which
+    looks like noise between them: rows of classes with 100 samples that are ``sure``, bool [n], are
+    taken from these alone.
     """
-    cell = label * num_classes + given
-    count = torch.bincount(cell, minlength=num_classes**2).view(num_classes, num_classes).double()
-    count += 1.0 / num_classes
-    return count / count.sum(dim=1, keepdim=True)
+
+    def confusion(label: Tensor, given: Tensor) -> Tensor:
+        cell = label * num_classes + given
+        return torch.bincount(cell, minlength=num_classes**2).view(num_classes, num_classes)
+
+    count = confusion(label, given)
+    if sure is not None:
+        certain = confusion(label[sure], given[sure])
+        count = torch.where(certain.sum(dim=1, keepdim=True) >= _ENOUGH, certain, count)
+    smooth = count.double() + 1.0 / num_classes
+    return smooth / smooth.sum(dim=1, keepdim=True)
 
 
 def score_evidence(score: Tensor, disagrees: Tensor, applies: Tensor, limit: float) -> Tensor:
