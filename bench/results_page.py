@@ -1,4 +1,4 @@
-"""Tables of docs/results.md from bench/results: compare-*/cells.jsonl, correction-tabular.jsonl.
+"""Tables of docs/results.md and README.md, from compare-* and correction-* in bench/results.
 
     python bench/results_page.py
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.markdown import markdown_table  # noqa: E402
 
-PAGE = ROOT / "docs" / "results.md"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 CELLS = ROOT / "bench" / "results"
 OURS = "als-lc"
 _PART = re.compile(r"(<!-- results: ([\w-]+) (\w+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
@@ -117,4 +117,5 @@ def with_tables(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
