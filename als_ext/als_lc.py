@@ -20,6 +20,13 @@ from als_ext.runtime import half_cosine
 # The pixels know what the views were made to differ in, which tells a coat from a dress.
 _PIXELS = 0.35  # their share
 _COMPONENTS = 50  # principal ones
+_SIDE = 32
+
+
+def _few_pixels(images: Tensor) -> Tensor:
+    """Images [B, C, H, W], made no larger than 32 x 32: the axes are found from D x D numbers."""
+    height, width = (min(side, _SIDE) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class AlsLcSettings:
     Args:
         pretrain: epochs in which the embedding is learned without labels
             (:class:`als_ext.contrast.Contrast`), before all others and beside ``config.epochs``,
-            >= 0; None takes 3 where the samples are a tensor of images of 12 x 12 and more, else 0.
+            >= 0; None takes 3 where the samples are a floating tensor of images of 12 x 12 and
+            more, else 0.
     """
 
     pretrain: int | None = None
@@ -57,7 +65,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
         wanted: int | None = self.settings.pretrain
         if wanted and not task.images:
             raise ValueError(
-                "pretrain: expected 0 for samples that are not a tensor of images "
+                "pretrain: expected 0 for samples that are not a floating tensor of images "
                 f"[n, C, H, W], H and W >= 12, got {wanted}"
             )
         self._pretrain = (EPOCHS if task.images else 0) if wanted is None else wanted
@@ -73,6 +81,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
         """From the epochs without labels on."""
         return epoch > self._pretrain
 
+    def _on_labels(self) -> bool:
+        return self.learns_labels(self._finished + 1)
+
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """A half cosine without labels, then the schedule of the config from its beginning."""
         before = self._pretrain * steps_per_epoch
@@ -82,17 +93,19 @@ class AlsLc(Correcting, Also, name="als-lc"):
 
     def inputs(self, x: Tensor) -> Tensor:
         """As they are without labels, where each step makes two views of them."""
-        return super().inputs(x) if self._finished >= self._pretrain else x
+        return super().inputs(x) if self._on_labels() else x
 
     def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         """A step of contrastive learning, or of ALSO."""
-        if self._finished >= self._pretrain:
+        if self._on_labels():
             return super().step(x, label, index)
         return self._contrast.step(x, self.optimizer.param_groups[0]["lr"])
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
         self._finished = epoch
+        if epoch == self._pretrain:
+            self._contrast.clear()
         return super().after_epoch(epoch, losses)
 
     def due(self, epoch: int) -> bool:
@@ -112,10 +125,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
     def _without_labels(self) -> Tensor:
         """What was learned beside the pixels: cosines of this are a weighted mean of both's."""
         learned = F.normalize(self.task.embeddings(), dim=1)
-        pixels = self.task.collect(lambda x: x.flatten(1).float())
+        pixels = self.task.collect(_few_pixels)
         pixels = F.normalize(project(pixels, *principal_axes(pixels, _COMPONENTS)), dim=1)
-        share = _PIXELS**0.5, (1.0 - _PIXELS) ** 0.5
-        return torch.cat([share[0] * pixels, share[1] * learned], dim=1)
+        return torch.cat([_PIXELS**0.5 * pixels, (1.0 - _PIXELS) ** 0.5 * learned], dim=1)
 
     def relabelled(self, index: Tensor) -> None:
         """pi of these samples starts again."""

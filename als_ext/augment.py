@@ -16,9 +16,17 @@ _HALF = (torch.float16, torch.bfloat16)
 _MIN_SIDE = 12  # of smaller images a shift by a pixel is another image
 
 
-def are_images(shape: torch.Size) -> bool:
-    """Whether inputs of this shape, [n, C, H, W], are images large enough to be moved about."""
-    return len(shape) == 4 and min(shape[2:]) >= _MIN_SIDE
+def are_images(x: Tensor) -> bool:
+    """Whether inputs are floating images [n, C, H, W] large enough to be moved about."""
+    return x.ndim == 4 and x.is_floating_point() and min(x.shape[2:]) >= _MIN_SIDE
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            "augment: expected floating images [B, C, H, W], "
+            f"got {images.dtype} {list(images.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,7 @@ class RandomAffine:
         Raises:
             ValueError: other inputs.
         """
-        if images.ndim != 4 or not images.is_floating_point():
-            raise ValueError(
-                "augment: expected floating images [B, C, H, W] for affine views, "
-                f"got {images.dtype} {list(images.shape)}"
-            )
+        _check_images(images)
         if images.numel() == 0:
             return images
         draw = torch.rand(6, len(images), dtype=torch.float32, device=images.device)
@@ -92,16 +96,19 @@ class RandomAffine:
         x, y, shear = 1 / (1 + self.stretch * x), 1 / (1 + self.stretch * y), self.shear * shear
         # a shift by a side is 2 in the coordinates of the grid, which run from -1 to 1
         move = (2 * self.shift * right, 2 * self.shift * down)
+        # and a pixel is 2 / W or 2 / H of them
+        tall = images.shape[2] / images.shape[3]
         rows = (
-            (x * (cos + shear * sin), x * (shear * cos - sin), move[0]),
-            (y * sin, y * cos, move[1]),
+            (x * (cos + shear * sin), x * (shear * cos - sin) * tall, move[0]),
+            (y * sin / tall, y * cos, move[1]),
         )
         matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
         # in 16 bits a coordinate is off by a tenth of a pixel
         exact = images.float() if images.dtype in _HALF else images
         background = exact.amin()
-        grid = F.affine_grid(matrix.to(exact.dtype), list(images.shape), align_corners=False)
-        views = F.grid_sample(exact - background, grid, align_corners=False)
+        with torch.autocast(images.device.type, enabled=False):
+            grid = F.affine_grid(matrix.to(exact.dtype), list(images.shape), align_corners=False)
+            views = F.grid_sample(exact - background, grid, align_corners=False)
         return views.add_(background).to(images.dtype)
 
 
@@ -148,11 +155,17 @@ class RandomDisturbance:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Disturbed images [B, C, H, W], floating."""
+        """Disturbed images [B, C, H, W], floating.
+
+        Raises:
+            ValueError: other inputs.
+        """
+        _check_images(images)
         count, _, height, width = images.shape
         if images.numel() == 0:
             return images
-        draw = torch.rand(6, count, 1, 1, 1, device=images.device).to(images.dtype)
+        draw = torch.rand(6, count, 1, 1, 1, dtype=torch.float32, device=images.device)
+        draw = draw.to(images.dtype)
         tall, wide = self.least + (self.most - self.least) * draw[:2]
         top, left = draw[2] * (1 - tall), draw[3] * (1 - wide)
         row = torch.arange(height, device=images.device).view(-1, 1) / height

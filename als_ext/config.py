@@ -26,23 +26,25 @@ class TrainConfig:
     Args:
         method: a name in :data:`als_ext.methods.METHODS`: "erm", "also", "als-lc" or a baseline
             (:mod:`als_ext.baselines`).
-        epochs: passes over the training samples, >= 1.
+        epochs: passes over the training samples, >= 1; those without labels come on top.
         batch_size: samples a step, >= 1.
         lr: peak learning rate of the parameters, > 0.
         lr_schedule: "cosine" (``lr`` in the warm-up, then a half cosine to 0 over the other epochs,
-            for every method alike) or "constant".
-        weight_decay: L2 coefficient of the parameters, >= 0.
+            for every method alike) or "constant". Epochs without labels have a half cosine of their
+            own.
+        weight_decay: L2 coefficient of the parameters, >= 0; 0 in epochs without labels.
         seed: seed of the order of the batches and of torch's global generators, >= 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         amp: "off", "bf16" (autocast) or "f16" (autocast with a gradient scaler).
         augment: "affine" trains on random affine views of images (:mod:`als_ext.augment`), "none"
             on the samples as they are; "auto" is "affine" for "als-lc" where the samples are a
-            tensor of images of 12 x 12 and more, else "none".
+            floating tensor of images of 12 x 12 and more, else "none".
         deterministic: ask torch for deterministic algorithms while training.
         embedding: name of the layer whose output is the embedding (``model.get_submodule``); None
             takes the model's own ``embed`` function.
         also: further arguments of :class:`als_ext.ALSO` for "also" and "als-lc".
-        warmup: epochs before the first correction of "als-lc", >= 1.
+        warmup: epochs before the first correction of "als-lc", >= 1; after epochs without labels
+            there is one at once, and this is the second.
         period: epochs between corrections, >= 1.
         correction: settings of the :class:`als_ext.LabelCorrector` of "als-lc".
         settings: what only the method knows, by name: the fields of its ``Settings``.
@@ -83,7 +85,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "warmup", "period"):
             check_int(name, getattr(self, name), low=1)
-        check_int("seed", self.seed, low=0)
+        check_int("seed", self.seed, low=0, high=2**63 - 1)
         check_int("num_workers", self.num_workers, low=0)
         if self.checkpoint_steps is not None:
             check_int("checkpoint_steps", self.checkpoint_steps, low=1)

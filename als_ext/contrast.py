@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ def pretrain(
     layer: str | None = None,
     device: str = "auto",
     amp: str = "off",
+    deterministic: bool = True,
     seed: int = 0,
 ) -> list[float]:
     """Train the embedding of a model on images, in place and without labels.
@@ -44,11 +47,12 @@ def pretrain(
         model: the network.
         images: floating [n, C, H, W], n >= 1; they move to the device as a whole.
         epochs: passes over the images, >= 1.
-        batch_size: images a step, >= 1; each is to be told from the others of its batch.
+        batch_size: images a step, >= 2; each is to be told from the others of its batch.
         lr: learning rate of Adam at the start, > 0; it falls to 0 in a half cosine.
         layer: layer whose output is the embedding; None takes the model's own ``embed``.
         device: "auto", "cpu", "cuda" or "cuda:N".
         amp: "off", "bf16" or "f16".
+        deterministic: ask torch for deterministic algorithms.
         seed: of batches, views and the projection, >= 0.
 
     Returns:
@@ -58,10 +62,12 @@ def pretrain(
         TypeError: an argument of another type.
         ValueError: an argument out of its range, samples that are no images, a model without an
             embedding.
+        RuntimeError: the loss is not finite.
 
     Note:
-        Deterministic by ``seed``. The global random generators are left as they were, the model is
-        left in the mode in which it came, on the device.
+        The same bits for the same ``seed``. The global random generators are left as they were; the
+        model is left on the device, without gradients, in the modes in which it came.
+        :class:`als_ext.AlsLc` compares pixels as well: docs/trainer.md.
 
     Example:
         >>> import torch
@@ -70,9 +76,11 @@ def pretrain(
         >>> len(losses)
         2
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        check_int(name, value, low=1)
-    check_int("seed", seed, low=0)
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    check_int("epochs", epochs, low=1)
+    check_int("batch_size", batch_size, low=2)
+    check_int("seed", seed, low=0, high=2**63 - 1)
     check_float("lr", lr, low=0.0, open_low=True)
     check_choice("amp", amp, AMP_MODES)
     place = resolve_device(device)
@@ -83,10 +91,10 @@ def pretrain(
     embed = make_embedder(model, layer)
     nothing = torch.zeros(len(images), dtype=torch.int64, device=place)
     batches = TensorBatches(images.to(place), nothing, batch_size, seed=seed)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.to(place).train()
     losses: list[float] = []
-    with reproducible(seed, place):
+    with _put_back(modes), reproducible(seed, place, deterministic):
         contrast = Contrast(model.parameters(), embed, place, Amp(amp, place))
         for epoch in range(epochs):
             total = torch.zeros((), dtype=torch.float64, device=place)
@@ -95,8 +103,21 @@ def pretrain(
                 rate = half_cosine(lr, step, epochs * len(batches))
                 total += contrast.step(x, rate).sum(dtype=torch.float64)
             losses.append(float(total) / len(images))
-    model.train(training)
+            if not math.isfinite(losses[-1]):
+                raise RuntimeError(
+                    f"loss: expected a finite mean, got {losses[-1]} in epoch {epoch + 1}"
+                )
+    model.zero_grad()
     return losses
+
+
+@contextlib.contextmanager
+def _put_back(modes: dict[nn.Module, bool]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def view(images: Tensor) -> Tensor:
@@ -146,6 +167,12 @@ class Contrast:
         trained = [*self._parameters, *self._projector.parameters()]
         self._optimizer = torch.optim.Adam(trained, fused=True)
 
+    def clear(self) -> None:
+        """Forget the projection and the optimizer: twice the model's memory."""
+        if self._width is not None:
+            self._width = None
+            del self._projector, self._optimizer
+
     def step(self, x: Tensor, lr: float) -> Tensor:
         """One step of Adam on the mean loss of the views of ``x`` [B, ...].
 
@@ -153,8 +180,9 @@ class Contrast:
             The mean loss of the two views of each sample, float32 [B], detached.
         """
         count = len(x)
+        views = torch.cat([view(x), view(x)])
         with self._amp.autocast():
-            embedding = self._embed(torch.cat([view(x), view(x)]))
+            embedding = self._embed(views)
         if self._width is None:
             self._start(embedding.shape[1])
         z = F.normalize(self._projector(embedding.float()), dim=1)

@@ -19,7 +19,8 @@ Record = dict[str, int | float | None]
 FIELDS = (
     "epoch",  # 1-based number of finished epochs
     "lr",  # learning rate of the epoch's last step; null for a method without steps
-    "train_loss",  # mean loss of the epoch's samples, labels in use, nats; null without steps
+    "train_loss",  # mean loss of the epoch's samples, nats: against the labels in use, or of views
+    # in epochs without labels; null without steps
     "test_accuracy",
     "label_accuracy",  # share of the labels in use that are right; null without true labels
     "changed",  # labels that differ from the given ones after this epoch

@@ -241,7 +241,7 @@ class Trainer:
             test = (test[0], test_labels)
         self._test = test
         known, positions = self._check_clean(clean, n)
-        images = isinstance(data, Tensor) and are_images(data.shape)
+        images = isinstance(data, Tensor) and are_images(data)
         affine = config.augment == "affine" or (
             config.augment == "auto" and images and self._kind.augments
         )

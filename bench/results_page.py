@@ -1,4 +1,4 @@
-"""Tables of docs/results.md and README.md, from compare-* and correction-* in bench/results.
+"""Tables of results.md, correction.md and README.md, from bench/results/{compare,correction}-*.
 
     python bench/results_page.py
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.markdown import markdown_table  # noqa: E402
 
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "correction.md", ROOT / "README.md")
 CELLS = ROOT / "bench" / "results"
 OURS = "als-lc"
 _PART = re.compile(r"(<!-- results: ([\w-]+) (\w+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
@@ -96,19 +96,46 @@ def labels_table(dataset: str) -> str:
 def right_table(name: str) -> str:
     """Right labels after the best plain vote and after ours: a row a set, a column a noise."""
     lines = (CELLS / f"correction-{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    right: dict[str, dict[str, list[float]]] = {}
-    for line in map(json.loads, lines):  # ours is the last method of each noise
+    right: dict[str, dict[str, dict[str, float]]] = {}
+    for line in map(json.loads, lines):
         noises = right.setdefault(f"{line['set']}, n = {line['samples']}", {})
-        noises.setdefault(line["noise"], []).append(line["label_accuracy_after"])
+        noises.setdefault(line["noise"], {})[line["method"]] = line["label_accuracy_after"]
     noises = list(next(iter(right.values())))
-    rows = [
-        [name, *(f"{max(found[noise][:-1]):.3f} / {found[noise][-1]:.3f}" for noise in noises)]
-        for name, found in right.items()
-    ]
+
+    def cell(found: dict[str, float]) -> str:
+        best = max(value for method, value in found.items() if method != "correct_labels")
+        return f"{best:.3f} / {found['correct_labels']:.3f}"
+
+    rows = [[name, *(cell(found[noise]) for noise in noises)] for name, found in right.items()]
     return markdown_table(["set", *map(_name, noises)], rows)
 
 
-TABLES = {"accuracy": accuracy_table, "labels": labels_table, "right": right_table}
+def vote_table(name: str) -> str:
+    """One correction beside the best plain vote: a row a noise."""
+    lines = (CELLS / f"correction-{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    head = ["labels", "right before", "survival rate found", "k of the plain vote"]
+    for figure in ("right after", "precision of relabels", "good labels changed"):
+        head += [f"{figure}, plain vote", "`correct_labels`"]
+    rows = []
+    for line in map(json.loads, lines):
+        row = [_name(line["noise"]), f"{line['label_accuracy_before']:.3f}"]
+        row += [f"{line['survival']:.3f}", str(line["plain_vote"]["k"])]
+        for figure, form in (
+            ("label_accuracy_after", ".3f"),
+            ("relabel_precision", ".3f"),
+            ("good_labels_changed", ".2%"),
+        ):
+            row += [format(line[who][figure], form) for who in ("plain_vote", "correct_labels")]
+        rows.append(row)
+    return markdown_table(head, rows)
+
+
+TABLES = {
+    "accuracy": accuracy_table,
+    "labels": labels_table,
+    "right": right_table,
+    "vote": vote_table,
+}
 
 
 def with_tables(page: str) -> str:

@@ -8,7 +8,9 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from als_ext import TrainConfig, Trainer, correct_labels, pretrain
+from als_ext.als_lc import _few_pixels
 from als_ext.augment import RandomAffine
+from als_ext.checkpoint import load_checkpoint
 from als_ext.contrast import TEMPERATURE, Contrast, view
 from als_ext.data import load_dataset
 from als_ext.embedding import make_embedder
@@ -18,15 +20,7 @@ from als_ext.runtime import Amp
 
 CLASSES, N, SIDE = 10, 240, 16
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Steps this small only wait for a second thread; on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digits(n=N, seed=0, wrong=0.3):
@@ -183,7 +177,7 @@ def test_pretrain_is_what_als_lc_does_first():
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs: expected"),
-        ({"batch_size": 0}, "batch_size: expected"),
+        ({"batch_size": 1}, "batch_size: expected >= 2"),
         ({"lr": 0.0}, "lr: expected"),
         ({"seed": -1}, "seed: expected"),
         ({"amp": "f8"}, "amp: expected"),
@@ -199,6 +193,62 @@ def test_pretrain_checks_its_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
         pretrain(model, **{"images": digits()[0], **settings})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_pretrain_leaves_the_model_as_a_training_loop_wants_it():
+    x, _, _ = digits()
+    model = net()
+    model.features[0].eval()
+    pretrain(model, x, epochs=1, device="cpu")
+    assert [m.training for m in model.features[:2]] == [False, True]
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="loss: expected a finite mean, got nan in epoch 1"):
+        pretrain(model, x * float("nan"), epochs=2, device="cpu")
+    assert [m.training for m in model.features[:2]] == [False, True]
+    with pytest.raises(TypeError, match="images: expected a tensor, got ndarray"):
+        pretrain(model, x.numpy())
+
+
+def test_bfloat16_learns_as_well():
+    x, _, _ = digits(n=400)
+    losses = [
+        pretrain(net(), x, epochs=6, batch_size=50, lr=2e-3, device="cpu", amp=amp)[-1]
+        for amp in ("off", "bf16")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("amp", ["off", "bf16", "f16"])
+def test_a_step_on_images_waits_for_no_gpu_and_repeats(amp):
+    x, given, true = digits()
+    runs = [trainer(device="cuda", amp=amp).fit(x, given, test=(x, true)) for _ in range(2)]
+    assert torch.equal(runs[0].labels, runs[1].labels)
+    assert torch.equal(runs[0].losses, runs[1].losses)
+    model = net().cuda()
+    device = torch.device("cuda")
+    contrast = Contrast(model.parameters(), make_embedder(model), device, Amp("bf16", device))
+    batch = x[:32].cuda()
+    contrast.step(batch, 1e-3)  # makes the projection
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        contrast.step(batch, 1e-3)
+        RandomAffine()(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_is_needed_without_labels_only_is_not_kept(tmp_path):
+    x, given, _ = digits()
+    trainer(out=tmp_path, settings={"pretrain": 1}).fit(x, given)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["method"]["contrast"] == {"width": None}
+
+
+def test_pixels_of_large_images_are_few():
+    assert _few_pixels(torch.rand(2, 3, 64, 20)).shape == (2, 3 * 32 * 20)
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(_few_pixels(x), x.flatten(1))
 
 
 def views_seen(monkeypatch, run, x, given):
@@ -230,6 +280,22 @@ def views_seen(monkeypatch, run, x, given):
 def test_views_are_made_where_asked_for(monkeypatch, method, settings, views):
     x, given, _ = digits()
     assert views_seen(monkeypatch, trainer(method=method, **settings), x, given) == views
+
+
+class OfBytes(SmallCNN):
+    """Takes bytes, as images often come."""
+
+    def embed(self, x):
+        return super().embed(x.float() / 255)
+
+
+def test_images_of_bytes_are_trained_on_as_they_are(monkeypatch):
+    x, given, _ = digits()
+    x = (40 * (x + 2)).clamp(0, 255).byte()
+    run = trainer(OfBytes((1, SIDE, SIDE), CLASSES))
+    assert views_seen(monkeypatch, run, x, given) == 0
+    with pytest.raises(ValueError, match="pretrain: expected 0 for samples that are not a float"):
+        trainer(OfBytes((1, SIDE, SIDE), CLASSES), settings={"pretrain": 1}).fit(x, given)
 
 
 def test_samples_that_are_no_images_are_taken_as_they_are(monkeypatch):

@@ -41,10 +41,10 @@ def reference(affine, x, seed):
         stretch = np.diag([1 / (1 + affine.stretch * sx), 1 / (1 + affine.stretch * sy)])
         for row in range(height):
             for column in range(width):
-                centred = np.array([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1])
-                at = stretch @ slant @ turn @ centred
-                at += 2 * affine.shift * np.array([right, down])
-                c, r = ((at + 1) * np.array([width, height]) - 1) / 2
+                centre = np.array([(width - 1) / 2, (height - 1) / 2])  # all in pixels
+                at = stretch @ slant @ turn @ (np.array([column, row]) - centre)
+                at += affine.shift * np.array([right * width, down * height])
+                c, r = at + centre
                 out[i, :, row, column] = read(x[i] - background, r, c) + background
     return out
 
@@ -76,6 +76,15 @@ def test_other_dtypes_have_the_same_views(dtype):
     assert views.dtype == dtype
     close = 1e-5 if dtype == torch.float64 else 0.0  # 16 bits: the rounded float32 view
     torch.testing.assert_close(views.double(), wanted.to(dtype).double(), atol=close, rtol=0)
+
+
+def test_autocast_changes_no_view():
+    x = images(n=8)
+    torch.manual_seed(1)
+    wanted = RandomAffine()(x)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(RandomAffine()(x), wanted)
 
 
 def test_without_ranges_nothing_moves():
@@ -110,9 +119,10 @@ def test_views_have_no_gradient_and_no_batch_is_no_trouble():
 
 
 def test_images_are_told_by_their_shape():
-    assert are_images(torch.Size([5, 1, 12, 12]))
-    assert not are_images(torch.Size([5, 1, 11, 12]))
-    assert not are_images(torch.Size([5, 28, 28]))
+    assert are_images(torch.zeros(5, 1, 12, 12))
+    assert not are_images(torch.zeros(5, 1, 11, 12))
+    assert not are_images(torch.zeros(5, 28, 28))
+    assert not are_images(torch.zeros(5, 1, 12, 12, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -122,9 +132,10 @@ def test_images_are_told_by_their_shape():
         (torch.ones(4, 1, 12, 12, dtype=torch.uint8), r"augment: expected floating.*uint8"),
     ],
 )
-def test_other_inputs_are_refused(bad, message):
+@pytest.mark.parametrize("change", [RandomAffine(), RandomDisturbance()], ids=str)
+def test_other_inputs_are_refused(change, bad, message):
     with pytest.raises(ValueError, match=message):
-        RandomAffine()(bad)
+        change(bad)
 
 
 @pytest.mark.parametrize("name", ["degrees", "stretch", "shear", "shift"])

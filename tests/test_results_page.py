@@ -46,6 +46,20 @@ def test_tables_by_hand(cells):
     )
 
 
+def test_tables_of_corrections_by_hand(cells, tmp_path):
+    line = {"set": "wine", "samples": 178, "noise": "pair:0.3"}
+    rights = {"plain vote, k = 5": 0.7, "correct_labels": 0.8, "plain vote, k = 10": 0.75}
+    lines = [{**line, "method": m, "label_accuracy_after": a} for m, a in rights.items()]
+    (tmp_path / "correction-t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert results_page.right_table("t").splitlines()[2] == "| wine, n = 178 | 0.750 / 0.800 |"
+    figures = {"label_accuracy_after": 0.9, "relabel_precision": 0.5, "good_labels_changed": 0.01}
+    line = {"noise": "none", "label_accuracy_before": 1.0, "survival": 0.97}
+    line |= {"plain_vote": {**figures, "k": 20}, "correct_labels": {**figures, "k": 0}}
+    (tmp_path / "correction-u.jsonl").write_text(json.dumps(line))
+    row = "| none | 1.000 | 0.970 | 20 | 0.900 | 0.900 | 0.500 | 0.500 | 1.00% | 1.00% |"
+    assert results_page.vote_table("u").splitlines()[2] == row
+
+
 def test_only_marked_parts_are_replaced(cells):
     page = "a\n<!-- results: d accuracy -->\nold\n<!-- results: end -->\nb\n"
     new = results_page.with_tables(page)

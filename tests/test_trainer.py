@@ -17,7 +17,7 @@ from als_ext.methods import METHODS, Method
 from als_ext.metrics import FIELDS, MetricsWriter, label_metrics
 from als_ext.models import MLP, SmallCNN, build_model
 from als_ext.progress import ProgressBar
-from als_ext.runtime import Amp, rng_state
+from als_ext.runtime import Amp, reproducible, rng_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -281,6 +281,20 @@ def test_opening_the_metrics_drops_what_the_history_does_not_know(tmp_path):
     MetricsWriter(tmp_path, records[:1])
     assert [json.loads(s) for s in (tmp_path / "metrics.jsonl").open()] == records[:1]
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_switches_and_generators_are_put_back_even_after_a_seed_that_is_none():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_rng_state()
+    try:
+        with reproducible(3, torch.device("cpu"), deterministic=True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        with pytest.raises(ValueError), reproducible(2**70, torch.device("cpu")):
+            pass
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_label_metrics_by_hand():

@@ -62,7 +62,9 @@ class DeepKnn(Retrained, name="deep-knn"):
         if task.clean is None:
             return
         if len(task.clean[1]) < 2:
-            raise ValueError("clean: expected at least 2 samples for deep-knn, got 1")
+            raise ValueError(
+                f"clean: expected at least 2 samples for deep-knn, got {len(task.clean[1])}"
+            )
         seed = derived_seed(task.config.seed, "held out")
         seen, held = stratified_split(task.clean[1].cpu().numpy(), _HELD_OUT, seed)
         self._seen, self._held = (torch.from_numpy(at).to(task.device) for at in (seen, held))
@@ -97,7 +99,7 @@ class DeepKnn(Retrained, name="deep-knn"):
         at = torch.randint(rows, (count,), device=self.task.device)
         if self.stage == 0:
             at = self._seen[at]
-        return x[at], label[at]
+        return self.inputs(x[at]), label[at]
 
     def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         """A step of M, and one of its rival."""

@@ -68,7 +68,7 @@ def surviving_labels(
         guess = _best(rates, counts, spread[:hops], guess)
         for _ in range(_REFINEMENTS):
             guess = _best([counts.kept(guess.label)], counts, spread[:hops], guess)
-        hops = _enough_hops(graph, voter, num_classes, region, spread, guess.rate)
+        hops = _enough_hops(counts, spread, guess.rate)
         if hops == before:
             break
     ((label, _),) = counts.labels([guess.rate], spread[:hops])
@@ -94,14 +94,7 @@ def _best(
     return guess
 
 
-def _enough_hops(
-    graph: Graph,
-    voter: Tensor,
-    num_classes: int,
-    region: int,
-    spread: tuple[int, ...],
-    rate: float,
-) -> int:
+def _enough_hops(counts: _Regions, spread: tuple[int, ...], rate: float) -> int:
     """How many averagings to make: too few leave the guess to chance, too many drown small classes.
 
     Taken are those after which a label that was hidden is guessed most often, times the share of
@@ -111,18 +104,15 @@ def _enough_hops(
     if len(spread) == 1:
         return 1
     found = [0] * len(spread)
+    voter = counts.voter
     generator = torch.Generator().manual_seed(0)
-    fold = torch.randint(_FOLDS, (len(graph),), generator=generator).to(voter.device)
+    fold = torch.randint(_FOLDS, (len(voter),), generator=generator).to(voter.device)
     for number in range(_FOLDS):
         hidden = (fold == number) & (voter >= 0)
-        counts = _Regions(graph, voter.masked_fill(hidden, -1), num_classes, region)
-        for hop, label in enumerate(counts.labels_by_hop(rate, spread)):
+        for hop, label in enumerate(counts.without(hidden).labels_by_hop(rate, spread)):
             found[hop] += int((label == voter)[hidden].sum())
-    everyone = _Regions(graph, voter, num_classes, region)
-    merit = [
-        count * graph.alike(label, region)
-        for count, label in zip(found, everyone.labels_by_hop(rate, spread), strict=True)
-    ]
+    guesses = counts.labels_by_hop(rate, spread)
+    merit = [n * counts.alike(label) for n, label in zip(found, guesses, strict=True)]
     return 1 + max(range(len(spread)), key=merit.__getitem__)
 
 
@@ -131,7 +121,7 @@ class _Regions:
 
     def __init__(self, graph: Graph, voter: Tensor, num_classes: int, region: int) -> None:
         n = len(graph)
-        self._graph, self._voter, self._num_classes = graph, voter, num_classes
+        self._graph, self.voter, self._num_classes = graph, voter, num_classes
         self._region = region
         width = max(1, _BLOCK // n)  # classes at a time
         self._blocks = [
@@ -146,12 +136,12 @@ class _Regions:
             self._everything += _log_rising(_SPARSITY, count).sum(dim=1, keepdim=True)
 
     def _count(self, block: Tensor) -> Tensor:
-        own = (self._voter[:, None] == block).float()
+        own = (self.voter[:, None] == block).float()
         return self._graph.total(own, self._region).double()
 
     def labels(self, rates: Sequence[float], spread: tuple[int, ...]) -> list[tuple[Tensor, float]]:
         """For each rate the likeliest class of every row, and the mean of its log-likelihood."""
-        best = [_Likeliest(self._voter) for _ in rates]
+        best = [_Likeliest(self.voter) for _ in rates]
         for block in self._blocks:
             count = self._count(block)  # once for all rates; kept, it would be n x C numbers
             for likeliest, rate in zip(best, rates, strict=True):
@@ -161,7 +151,7 @@ class _Regions:
 
     def labels_by_hop(self, rate: float, spread: tuple[int, ...]) -> list[Tensor]:
         """The likeliest class of every row after each of the averagings."""
-        best = [_Likeliest(self._voter) for _ in spread]
+        best = [_Likeliest(self.voter) for _ in spread]
         for block in self._blocks:
             means = self._means(self._count(block), rate, spread)
             for likeliest, mean in zip(best, means, strict=True):
@@ -183,10 +173,19 @@ class _Regions:
         log -= _log_rising(_SPARSITY * (self._num_classes - 1), others)
         return (log / self._size.clamp_min(1.0)).float()
 
+    def without(self, hidden: Tensor) -> _Regions:
+        """The counts without the labels of these rows, bool [n]."""
+        seen = self.voter.masked_fill(hidden, -1)
+        return _Regions(self._graph, seen, self._num_classes, self._region)
+
+    def alike(self, label: Tensor) -> float:
+        """Share of the neighbours of a region, over all rows, with the label of the row."""
+        return self._graph.alike(label, self._region)
+
     def kept(self, label: Tensor) -> float:
         """Share of the given labels that agree with ``label``, within the rates tried."""
-        counted = self._voter >= 0
-        share = int((label == self._voter)[counted].sum()) / max(1, int(counted.sum()))
+        counted = self.voter >= 0
+        share = int((label == self.voter)[counted].sum()) / max(1, int(counted.sum()))
         return min(max(share, RATES[0]), RATES[-1])
 
 
