@@ -236,7 +236,7 @@ def test_mnist_reads_its_files_and_learns(capsys, mnist_dir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "magic"], "method: expected one of 'erm', 'also', 'als-lc'"),
+        (["--method", "magic"], "method: expected one of 'erm', 'also'"),
         (["--method", "erm,erm"], "method: expected each once, got erm, erm"),
         (["--noise", "symetric:0.4"], "noise: expected one of none, symmetric"),
         (["--noise", "symmetric:40"], "expected a rate in [0, 1], got 40"),
@@ -266,7 +266,7 @@ def test_mnist_reads_its_files_and_learns(capsys, mnist_dir):
         ),
         (["--method", "gce", "--setting", "q"], "setting: expected NAME=VALUE"),
         (["--method", "gce", "--setting", "q=2"], "q: expected a finite number in (0, 1]"),
-        (["--setting", "q=1"], "of erm, als-lc (they have none), got 'q=1'"),
+        (["--setting", "q=1"], "of erm, als-lc (pretrain), got 'q=1'"),
         (["--clean-per-class", "100000"], "clean-per-class: expected at most"),
         (["--clean-per-class", "-1"], "clean-per-class: expected >= 0, got -1"),
         (["--nope"], "No such option: --nope"),
