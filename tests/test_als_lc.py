@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate, normalize
 
-from als_ext import TrainConfig, Trainer, correct_labels, pretrain
+from als_ext import LabelCorrector, TrainConfig, Trainer, correct_labels, pretrain
 from als_ext.als_lc import _few_pixels
 from als_ext.augment import RandomAffine
 from als_ext.checkpoint import load_checkpoint
@@ -156,6 +156,28 @@ def test_it_corrects_labels_that_a_third_of_the_samples_have_wrong():
     first = next(record for record in result.history if record["suspects"] is not None)
     assert first["epoch"] == 4
     assert first["label_accuracy"] > 0.9
+
+
+def test_first_neighbours_are_by_a_mean_of_two_cosines(monkeypatch):
+    x, given, _ = digits()
+    seen = []
+    original = LabelCorrector.step
+
+    def noting(self, embeddings, scores=None, epoch=None):
+        seen.append((embeddings.shape[1], scores is None))
+        return original(self, embeddings, scores, epoch)
+
+    monkeypatch.setattr(LabelCorrector, "step", noting)
+    run = trainer(settings={"pretrain": 1})
+    run.fit(x, given)
+    assert seen == [(50 + 128, True), (128, False)]
+    both = run._method._without_labels().double()
+    learned = normalize(run.embeddings().double(), dim=1)
+    centred = x.flatten(1).double()
+    centred = centred - centred.mean(0)
+    pixels = normalize(centred @ torch.linalg.svd(centred).Vh[:50].T, dim=1)
+    wanted = 0.65 * learned @ learned.T + 0.35 * pixels @ pixels.T
+    torch.testing.assert_close(both @ both.T, wanted, rtol=0, atol=1e-5)
 
 
 def test_pretrain_is_what_als_lc_does_first():

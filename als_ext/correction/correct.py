@@ -86,7 +86,8 @@ def correct_labels(
         No gradient. The same input gives the same result to the bit. Labels that are all moved in
         one way in half of the cases or more (pair noise above 50 %) cannot be told from right
         ones. Memory: the embeddings in float32, 12 n max(k, 50) bytes for the neighbours, up to
-        156 n for the guesses of all rates, and some tens of megabytes; never n x n.
+        156 n for the guesses of all rates, and about 200 MB where n times the classes exceeds four
+        million; never n x n.
 
     Example:
         >>> import torch

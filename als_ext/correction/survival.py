@@ -68,10 +68,9 @@ def surviving_labels(
         guess = _best(rates, counts, spread[:hops], guess)
         for _ in range(_REFINEMENTS):
             guess = _best([counts.kept(guess.label)], counts, spread[:hops], guess)
-        hops = _enough_hops(counts, spread, guess.rate)
+        hops, label = _enough_hops(counts, spread, guess.rate)
         if hops == before:
             break
-    ((label, _),) = counts.labels([guess.rate], spread[:hops])
     return label, counts.kept(label)
 
 
@@ -94,15 +93,18 @@ def _best(
     return guess
 
 
-def _enough_hops(counts: _Regions, spread: tuple[int, ...], rate: float) -> int:
-    """How many averagings to make: too few leave the guess to chance, too many drown small classes.
+def _enough_hops(counts: _Regions, spread: tuple[int, ...], rate: float) -> tuple[int, Tensor]:
+    """How many averaging steps to make, and the guess after them.
+
+    Too few leave the guess to chance, too many drown small classes.
 
     Taken are those after which a label that was hidden is guessed most often, times the share of
     neighbours that are guessed alike: a wrong label that rules a neighbourhood is easily guessed,
     but it ends where the neighbourhood does.
     """
+    guesses = counts.labels_by_hop(rate, spread)
     if len(spread) == 1:
-        return 1
+        return 1, guesses[0]
     found = [0] * len(spread)
     voter = counts.voter
     generator = torch.Generator().manual_seed(0)
@@ -111,9 +113,9 @@ def _enough_hops(counts: _Regions, spread: tuple[int, ...], rate: float) -> int:
         hidden = (fold == number) & (voter >= 0)
         for hop, label in enumerate(counts.without(hidden).labels_by_hop(rate, spread)):
             found[hop] += int((label == voter)[hidden].sum())
-    guesses = counts.labels_by_hop(rate, spread)
     merit = [n * counts.alike(label) for n, label in zip(found, guesses, strict=True)]
-    return 1 + max(range(len(spread)), key=merit.__getitem__)
+    best = max(range(len(spread)), key=merit.__getitem__)
+    return best + 1, guesses[best]
 
 
 class _Regions:
