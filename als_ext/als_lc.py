@@ -12,8 +12,10 @@ from torch import Tensor
 from als_ext.contrast import EPOCHS, Contrast
 from als_ext.correction import LabelCorrector
 from als_ext.embedding import make_embedder, principal_axes, project
+from als_ext.forward import LocalChannel
 from als_ext.methods import Also, Correcting, Relabels, Task
 from als_ext.metrics import Record
+from als_ext.ops import weighted_loss
 from als_ext.ops._checks import check_int
 from als_ext.runtime import half_cosine
 
@@ -51,9 +53,13 @@ class AlsLc(Correcting, Also, name="als-lc"):
     """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
 
     Where the samples are images the embedding is first learned without labels, so wrong ones cannot
-    bend it, and a first correction comes before the first step on labels. Later ones get embeddings
-    that were trained on corrected labels, and log pi as the scores; pi of relabelled samples starts
-    again, since its history belongs to the old label.
+    bend it, and a first correction comes before the first step on labels. Up to the second one,
+    ``warmup`` epochs later, the *given* labels are trained on through the noise channel that the
+    first one found (:mod:`als_ext.forward`): what neighbours in an embedding without labels get
+    wrong they get wrong for whole regions, and a network would learn that. From then on the
+    corrected labels are trained on. Later corrections get the network's embeddings, its
+    predictions as a first guess, and log pi as the scores; pi of relabelled samples starts again,
+    since its history belongs to the old label.
     """
 
     Settings = AlsLcSettings
@@ -70,6 +76,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
             )
         self._pretrain = (EPOCHS if task.images else 0) if wanted is None else wanted
         self._finished = 0  # epochs
+        self._channel: LocalChannel | None = None  # between the first correction and the second
         embed = make_embedder(task.model, task.config.embedding)
         self._contrast = Contrast(task.model.parameters(), embed, task.device, self.amp)
 
@@ -85,21 +92,45 @@ class AlsLc(Correcting, Also, name="als-lc"):
         return self.learns_labels(self._finished + 1)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """A half cosine without labels, then the schedule of the config from its beginning."""
-        before = self._pretrain * steps_per_epoch
-        if step >= before:
-            return super().lr_at(step - before, steps_per_epoch)
-        return half_cosine(self.task.config.lr, step, before)
+        """A half cosine without labels, and after these, unless the rate is to be constant, one
+        for the warm-up and one for the rest. Else the schedule of the config."""
+        config = self.task.config
+        before, warmup = self._pretrain * steps_per_epoch, config.warmup * steps_per_epoch
+        if step < before:
+            return half_cosine(config.lr, step, before)
+        step -= before
+        if not before or config.lr_schedule == "constant":
+            return super().lr_at(step, steps_per_epoch)
+        if step < warmup:
+            return half_cosine(config.lr, step, warmup)
+        return half_cosine(config.lr, step - warmup, config.epochs * steps_per_epoch - warmup)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """As they are without labels, where each step makes two views of them."""
-        return super().inputs(x) if self._on_labels() else x
+        """As they are up to the second correction: without labels each step makes two views of
+        them, and through the noise channel views only slow the network down."""
+        return super().inputs(x) if self._on_labels() and self._channel is None else x
 
     def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         """A step of contrastive learning, or of ALSO."""
+        if self._channel is not None:
+            return self._step_through(self._channel, x, index)
         if self._on_labels():
             return super().step(x, label, index)
         return self._contrast.step(x, self.optimizer.param_groups[0]["lr"])
+
+    def _step_through(self, channel: LocalChannel, x: Tensor, index: Tensor) -> Tensor:
+        """A step of ALSO on the given labels through the noise channel."""
+        with self.amp.autocast():
+            logits: Tensor = self.task.model(x)
+        likelihood = channel.log_likelihood(index)
+        joint = logits.detach().float() + likelihood
+        losses = logits.detach().float().logsumexp(dim=1) - joint.logsumexp(dim=1)
+        # cross entropy with the posterior has the gradient of these losses
+        weight = self.optimizer.loss_weight(index)
+        total, _ = weighted_loss(logits, joint.softmax(dim=1), weight)
+        self.optimizer.zero_grad()
+        self.amp.backward_and_step(total, self.optimizer, index=index, losses=losses)
+        return losses
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
@@ -117,9 +148,14 @@ class AlsLc(Correcting, Also, name="als-lc"):
     def relabels(self, epoch: int) -> Relabels:
         """A step of the corrector; before the first step on labels pi has nothing to say."""
         if self.learns_labels(epoch):
-            result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
+            guess = (
+                self.task.collect(lambda x: self.predict(x).argmax(1)) if self._pretrain else None
+            )
+            result = self.corrector.step(self.task.embeddings(), self.scores(), epoch, guess)
+            self._channel = None
         else:
             result = self.corrector.step(self._without_labels(), None, epoch)
+            self._channel = LocalChannel(result, self.corrector.original.to(self.task.device))
         return Relabels(result.new_label, result.suspect, result.share, result.margin)
 
     def _without_labels(self) -> Tensor:
@@ -140,6 +176,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
             "corrector": self.corrector.state_dict(),
             "finished": self._finished,
             "contrast": self._contrast.state_dict(),
+            "channel": None if self._channel is None else self._channel.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,3 +185,5 @@ class AlsLc(Correcting, Also, name="als-lc"):
         self.corrector.load_state_dict(state["corrector"])
         self._finished = state["finished"]
         self._contrast.load_state_dict(state["contrast"])
+        if state["channel"] is not None:
+            self._channel = LocalChannel.from_state_dict(state["channel"], self.task.device)

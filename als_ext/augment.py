@@ -1,4 +1,4 @@
-"""Random views of images: affine ones to train on, disturbed ones to learn without labels from."""
+"""Random views of images: shifted ones to train on, disturbed ones to learn without labels from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,27 @@ from torch import Tensor
 
 from als_ext.ops._checks import check_float
 
-MODES = ("auto", "affine", "none")
+MODES = ("auto", "shift", "affine", "none")
 _HALF = (torch.float16, torch.bfloat16)
 _MIN_SIDE = 12  # of smaller images a shift by a pixel is another image
+
+
+def make_views(mode: str) -> RandomShift | RandomAffine | None:
+    """What trains on views of this mode: "shift", "affine" or "none"."""
+    if mode == "none":
+        return None
+    return RandomShift() if mode == "shift" else RandomAffine()
 
 
 def are_images(x: Tensor) -> bool:
     """Whether inputs are floating images [n, C, H, W] large enough to be moved about."""
     return x.ndim == 4 and x.is_floating_point() and min(x.shape[2:]) >= _MIN_SIDE
+
+
+def _check_share(name: str, value: float) -> None:
+    check_float(name, value, low=0.0, high=1.0)
+    if value == 1:
+        raise ValueError(f"{name}: expected below 1, where nothing is left of an image, got 1")
 
 
 def _check_images(images: Tensor) -> None:
@@ -27,6 +40,61 @@ def _check_images(images: Tensor) -> None:
             "augment: expected floating images [B, C, H, W], "
             f"got {images.dtype} {list(images.shape)}"
         )
+
+
+@dataclass(frozen=True)
+class RandomShift:
+    r"""Shifts each image of a batch by whole pixels: no pixel is interpolated, so none is blurred.
+
+    Up and down by a number of pixels that is uniform in [-m, m] with m = ⌊``shift`` · H⌋, left and
+    right likewise by W. What comes in from outside is the smallest pixel of the batch: background,
+    where that is the darkest.
+
+    Args:
+        shift: in [0, 1), of the sides.
+
+    Raises:
+        TypeError: an argument that is no number.
+        ValueError: an argument out of its range.
+
+    Note:
+        Draws from torch's global generator of the images' device, 2 numbers an image: no host
+        synchronisation. Views are made without gradients.
+
+    Example:
+        >>> import torch
+        >>> images = torch.rand(2, 1, 28, 28)
+        >>> torch.equal(RandomShift(shift=0)(images), images)
+        True
+    """
+
+    shift: float = 0.08
+
+    def __post_init__(self) -> None:
+        _check_share("shift", self.shift)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Views [B, C, H, W] of images [B, C, H, W], floating.
+
+        Raises:
+            ValueError: other inputs.
+        """
+        _check_images(images)
+        if images.numel() == 0:
+            return images
+        view = images
+        for dim in (2, 3):
+            side = images.shape[dim]
+            most = int(self.shift * side)
+            by = torch.randint(-most, most + 1, (len(images), 1), device=images.device)
+            at = torch.arange(side, device=images.device) + by  # [B, side], where pixels come from
+            shape = [len(images), 1, 1, 1]
+            shape[dim] = side
+            inside = ((at >= 0) & (at < side)).view(shape)
+            at = at.clamp(0, side - 1).view(shape)
+            view = view.gather(dim, at.expand(view.shape)).where(inside, images.amin())
+        return view
 
 
 @dataclass(frozen=True)
@@ -75,9 +143,7 @@ class RandomAffine:
     def __post_init__(self) -> None:
         for name in ("degrees", "shear", "shift"):
             check_float(name, getattr(self, name), low=0.0)
-        check_float("stretch", self.stretch, low=0.0, high=1.0)
-        if self.stretch == 1:
-            raise ValueError("stretch: expected below 1, where nothing is left of an image, got 1")
+        _check_share("stretch", self.stretch)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

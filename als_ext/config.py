@@ -16,7 +16,7 @@ from als_ext.runtime import AMP_MODES, half_cosine
 RESUME_MAY_CHANGE = frozenset({"checkpoint_seconds", "checkpoint_steps", "num_workers"})
 
 _LARGE = 10_000
-_SMALL_RECIPE: dict[str, Any] = {"epochs": 20, "batch_size": 32, "warmup": 4, "period": 4}
+_SMALL_RECIPE: dict[str, Any] = {"epochs": 20, "batch_size": 32}
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,17 @@ class TrainConfig:
         epochs: passes over the training samples, >= 1; those without labels come on top.
         batch_size: samples a step, >= 1.
         lr: peak learning rate of the parameters, > 0.
-        lr_schedule: "cosine" (``lr`` in the warm-up, then a half cosine to 0 over the other epochs,
-            for every method alike) or "constant". Epochs without labels have a half cosine of their
-            own.
+        lr_schedule: "cosine" (``lr`` in the warm-up, then a half cosine to 0 over the other epochs)
+            or "constant". With "cosine", "als-lc" with epochs without labels has one half cosine
+            for these, one for the warm-up and one for the rest.
         weight_decay: L2 coefficient of the parameters, >= 0; 0 in epochs without labels.
         seed: seed of the order of the batches and of torch's global generators, >= 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         amp: "off", "bf16" (autocast) or "f16" (autocast with a gradient scaler).
-        augment: "affine" trains on random affine views of images (:mod:`als_ext.augment`), "none"
-            on the samples as they are; "auto" is "affine" for "als-lc" where the samples are a
-            floating tensor of images of 12 x 12 and more, else "none".
+        augment: "shift" trains on images shifted by a few whole pixels, "affine" on random affine
+            views (:mod:`als_ext.augment`), "none" on the samples as they are; "auto" is "shift" for
+            "als-lc" where the samples are a floating tensor of images of 12 x 12 and more, else
+            "none".
         deterministic: ask torch for deterministic algorithms while training.
         embedding: name of the layer whose output is the embedding (``model.get_submodule``); None
             takes the model's own ``embed`` function.
@@ -62,7 +63,7 @@ class TrainConfig:
     """
 
     method: str = "als-lc"
-    epochs: int = 8
+    epochs: int = 12
     batch_size: int = 128
     lr: float = 1e-3
     lr_schedule: str = "cosine"
@@ -74,8 +75,8 @@ class TrainConfig:
     deterministic: bool = True
     embedding: str | None = None
     also: Mapping[str, Any] = field(default_factory=dict)
-    warmup: int = 2
-    period: int = 2
+    warmup: int = 4
+    period: int = 4
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_seconds: float = 60.0

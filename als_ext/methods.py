@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from als_ext.augment import RandomAffine
+from als_ext.augment import RandomAffine, RandomShift
 from als_ext.config import TrainConfig
 from als_ext.embedding import make_embedder
 from als_ext.metrics import Record
@@ -61,7 +61,7 @@ class Task:
     clean: tuple[Tensor, Tensor] | None = None
     clean_index: Tensor | None = None
     images: bool = False
-    augment: RandomAffine | None = None
+    augment: RandomShift | RandomAffine | None = None
 
     def embeddings(self) -> Tensor:
         """Embeddings float32 [n, D] of all training samples, in order, on ``device``."""

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from als_ext.augment import RandomAffine, are_images
+from als_ext.augment import are_images, make_views
 from als_ext.checkpoint import (
     check_same_settings,
     load_checkpoint,
@@ -242,9 +242,9 @@ class Trainer:
         self._test = test
         known, positions = self._check_clean(clean, n)
         images = isinstance(data, Tensor) and are_images(data)
-        affine = config.augment == "affine" or (
-            config.augment == "auto" and images and self._kind.augments
-        )
+        augment = config.augment
+        if augment == "auto":
+            augment = "shift" if images and self._kind.augments else "none"
         self._method = self._kind(
             Task(
                 model=self.model.to(device),
@@ -256,7 +256,7 @@ class Trainer:
                 clean=known,
                 clean_index=positions,
                 images=images,
-                augment=RandomAffine() if affine else None,
+                augment=make_views(augment),
             )
         )
         self._losses = torch.zeros(n, device=device)

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from als_ext import LabelCorrector, TrainConfig, Trainer, correct_labels, pretrain
-from als_ext.als_lc import _few_pixels
-from als_ext.augment import RandomAffine
+from als_ext.als_lc import AlsLc, _few_pixels
+from als_ext.augment import RandomAffine, RandomShift
 from als_ext.checkpoint import load_checkpoint
 from als_ext.contrast import TEMPERATURE, Contrast, view
 from als_ext.data import load_dataset
@@ -102,9 +102,9 @@ def test_a_batch_of_one_sample_changes_nothing_but_moments():
     model = net()
     torch.manual_seed(0)
     contrast = Contrast(model.parameters(), make_embedder(model), CPU, Amp("off", CPU))
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(dict(model.named_parameters()))
     assert contrast.step(digits()[0][:1], 1e-2).tolist() == [0.0]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
 def snapshots(given, **settings):
@@ -141,12 +141,57 @@ def test_labels_play_no_part_until_the_first_correction():
     steps = 2 * math.ceil(N / 32)
     assert rates[0] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 7 / steps)), rel=1e-12)
     assert rates[1] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 15 / steps)), rel=1e-12)
-    assert rates[2] == 1e-3
+    # the warm-up is one epoch here, the rest another: a half cosine each
+    assert rates[2] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 7 / 8)), rel=1e-12)
+    assert rates[3] == rates[2]
+
+
+def test_a_constant_learning_rate_has_no_phases():
+    x, given, _ = digits()
+    result = trainer(lr_schedule="constant", settings={"pretrain": 2}).fit(x, given)
+    rates = [record["lr"] for record in result.history]
+    assert rates[1] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 15 / 16)), rel=1e-12)
+    assert rates[2:] == [1e-3, 1e-3]
+
+
+def test_the_warm_up_goes_through_the_noise_channel(monkeypatch):
+    """Its labels are the given ones, also where a correction has changed them; then come those."""
+    x, given, _ = digits()
+    seen = []
+    original = AlsLc._step_through
+
+    def noting(self, channel, x, index):
+        wanted = torch.where(
+            channel._winner == given,
+            channel._local,
+            channel._log_channel.T[given].gather(1, given[:, None])[:, 0],
+        )
+        found = channel.log_likelihood(index).gather(1, given[index, None])[:, 0]
+        assert torch.equal(found, wanted[index])  # of the given labels, corrected ones play no part
+        assert not torch.equal(self.task.labels, given)
+        seen.append(len(index))
+        return original(self, channel, x, index)
+
+    monkeypatch.setattr(AlsLc, "_step_through", noting)
+    run = trainer(epochs=3, warmup=2, settings={"pretrain": 1})
+    run.fit(x, given)
+    assert sum(seen) == 2 * N
+    assert run._method._channel is None
+
+
+def test_without_epochs_without_labels_nothing_goes_through_the_channel(monkeypatch):
+    def refuse(self, channel, x, index):
+        raise AssertionError("a step through a channel that nobody has estimated")
+
+    x, given, _ = digits()
+    monkeypatch.setattr(AlsLc, "_step_through", refuse)
+    result = trainer(epochs=3, settings={"pretrain": 0}).fit(x, given)
+    assert [record["suspects"] is not None for record in result.history] == [True, True, False]
 
 
 def test_it_corrects_labels_that_a_third_of_the_samples_have_wrong():
     x, given, true = digits(n=1000)
-    result = trainer(epochs=4, settings={"pretrain": 4}, lr=2e-3).fit(
+    result = trainer(epochs=12, warmup=4, period=4, settings={"pretrain": 4}, lr=2e-3).fit(
         x, given, test=(x, true), true_labels=true
     )
     figures = result.label_metrics
@@ -163,14 +208,14 @@ def test_first_neighbours_are_by_a_mean_of_two_cosines(monkeypatch):
     seen = []
     original = LabelCorrector.step
 
-    def noting(self, embeddings, scores=None, epoch=None):
-        seen.append((embeddings.shape[1], scores is None))
-        return original(self, embeddings, scores, epoch)
+    def noting(self, embeddings, scores=None, epoch=None, guess=None):
+        seen.append((embeddings.shape[1], scores is None, guess is None))
+        return original(self, embeddings, scores, epoch, guess)
 
     monkeypatch.setattr(LabelCorrector, "step", noting)
     run = trainer(settings={"pretrain": 1})
     run.fit(x, given)
-    assert seen == [(50 + 128, True), (128, False)]
+    assert seen == [(50 + 128, True, True), (128, False, False)]
     both = run._method._without_labels().double()
     learned = normalize(run.embeddings().double(), dim=1)
     centred = x.flatten(1).double()
@@ -274,28 +319,34 @@ def test_pixels_of_large_images_are_few():
 
 
 def views_seen(monkeypatch, run, x, given):
-    """How many images were moved about in training."""
-    count = []
-    original = RandomAffine.__call__
+    """How many images were moved about in training: affinely, by a shift."""
+    count = {"RandomAffine": 0, "RandomShift": 0}
 
-    def counting(self, images):
-        count.append(len(images))
-        return original(self, images)
+    def counted(original):
+        def counting(self, images):
+            count[type(self).__name__] += len(images)
+            return original(self, images)
 
-    monkeypatch.setattr(RandomAffine, "__call__", counting)
+        return counting
+
+    for kind in (RandomAffine, RandomShift):
+        monkeypatch.setattr(kind, "__call__", counted(kind.__call__))
     run.fit(x, given)
-    return sum(count)
+    return count["RandomAffine"], count["RandomShift"]
 
 
 @pytest.mark.parametrize(
     ("method", "settings", "views"),
     [
-        ("erm", {}, 0),
-        ("erm", {"augment": "affine"}, 2 * N),
-        ("als-lc", {}, 3 * 2 * N + 2 * N),  # three epochs of two views, two of one
-        ("als-lc", {"augment": "none"}, 3 * 2 * N),
-        ("als-lc", {"settings": {"pretrain": 0}}, 2 * N),
-        ("als-lc", {"settings": {"pretrain": 0}, "augment": "none"}, 0),
+        ("erm", {}, (0, 0)),
+        ("erm", {"augment": "affine"}, (2 * N, 0)),
+        ("erm", {"augment": "shift"}, (0, 2 * N)),
+        # three epochs of two views, one of none, one of one
+        ("als-lc", {}, (3 * 2 * N, N)),
+        ("als-lc", {"augment": "affine"}, (3 * 2 * N + N, 0)),
+        ("als-lc", {"augment": "none"}, (3 * 2 * N, 0)),
+        ("als-lc", {"settings": {"pretrain": 0}}, (0, 2 * N)),
+        ("als-lc", {"settings": {"pretrain": 0}, "augment": "none"}, (0, 0)),
     ],
     ids=str,
 )
@@ -315,7 +366,7 @@ def test_images_of_bytes_are_trained_on_as_they_are(monkeypatch):
     x, given, _ = digits()
     x = (40 * (x + 2)).clamp(0, 255).byte()
     run = trainer(OfBytes((1, SIDE, SIDE), CLASSES))
-    assert views_seen(monkeypatch, run, x, given) == 0
+    assert views_seen(monkeypatch, run, x, given) == (0, 0)
     with pytest.raises(ValueError, match="pretrain: expected 0 for samples that are not a float"):
         trainer(OfBytes((1, SIDE, SIDE), CLASSES), settings={"pretrain": 1}).fit(x, given)
 
@@ -324,7 +375,7 @@ def test_samples_that_are_no_images_are_taken_as_they_are(monkeypatch):
     x, given, _ = digits()
     x = x.flatten(1)[:, :20]
     run = trainer(MLP((20,), CLASSES))
-    assert views_seen(monkeypatch, run, x, given) == 0
+    assert views_seen(monkeypatch, run, x, given) == (0, 0)
     assert run.fit(x, given).history[0]["suspects"] is not None  # warm-up: 1 epoch
     with pytest.raises(ValueError, match=r"pretrain: expected 0 for samples that are not.*got 2"):
         trainer(MLP((20,), CLASSES), settings={"pretrain": 2}).fit(x, given)

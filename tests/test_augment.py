@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from als_ext.augment import RandomAffine, RandomDisturbance, are_images
+from als_ext.augment import RandomAffine, RandomDisturbance, RandomShift, are_images
 
 STILL = {"degrees": 0.0, "stretch": 0.0, "shear": 0.0, "shift": 0.0}
 
@@ -118,6 +118,46 @@ def test_views_have_no_gradient_and_no_batch_is_no_trouble():
     assert RandomAffine()(x[:0]).shape == (0, 2, 14, 18)
 
 
+def test_a_shift_is_by_whole_pixels_up_to_its_share_of_a_side(device):
+    x = images(n=1, device=device).expand(400, -1, -1, -1)  # 14 x 18
+    torch.manual_seed(0)
+    views = RandomShift(shift=0.12)(x)  # at most 1 row, 2 columns
+    darkest, seen = x.min(), set()
+    wide = torch.nn.functional.pad(x[0] - darkest, (2, 2, 1, 1)) + darkest
+    options = {
+        (down, right): wide[:, 1 + down : 15 + down, 2 + right : 20 + right]
+        for down in (-1, 0, 1)
+        for right in (-2, -1, 0, 1, 2)
+    }
+    for view in views:
+        found = [by for by, shifted in options.items() if torch.allclose(view, shifted)]
+        assert len(found) == 1
+        seen.update(found)
+    assert seen == options.keys()  # one is missing by chance once in 10^11 seeds
+    torch.manual_seed(0)
+    assert torch.equal(RandomShift(shift=0.12)(x), views)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_shift_keeps_dtype_and_pixels(dtype):
+    x = images().to(dtype)
+    views = RandomShift(shift=0.4)(x.requires_grad_())
+    assert views.dtype == dtype
+    assert not views.requires_grad
+    assert set(views.flatten().tolist()) <= set(x.flatten().tolist())
+    assert RandomShift()(x[:0]).shape == (0, 2, 14, 18)
+    assert torch.equal(RandomShift(shift=0.0)(x), x)
+    assert torch.equal(RandomShift(shift=0.05)(x), x)  # less than a pixel of 14 and of 18
+
+
+@pytest.mark.parametrize("shift", [-0.1, 1.0, 1.5])
+def test_the_range_of_a_shift_is_checked(shift):
+    with pytest.raises(ValueError, match="shift"):
+        RandomShift(shift=shift)
+    with pytest.raises(TypeError, match="shift"):
+        RandomShift(shift="far")
+
+
 def test_images_are_told_by_their_shape():
     assert are_images(torch.zeros(5, 1, 12, 12))
     assert not are_images(torch.zeros(5, 1, 11, 12))
@@ -132,7 +172,7 @@ def test_images_are_told_by_their_shape():
         (torch.ones(4, 1, 12, 12, dtype=torch.uint8), r"augment: expected floating.*uint8"),
     ],
 )
-@pytest.mark.parametrize("change", [RandomAffine(), RandomDisturbance()], ids=str)
+@pytest.mark.parametrize("change", [RandomAffine(), RandomDisturbance(), RandomShift()], ids=str)
 def test_other_inputs_are_refused(change, bad, message):
     with pytest.raises(ValueError, match=message):
         change(bad)

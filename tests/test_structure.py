@@ -18,7 +18,7 @@ LAYERS = [  # a module may import from layers below its own, never from above
     {"ops"},
     {"augment", "embedding", "io", "progress", "runtime", "weights"},
     {"optim", "correction", "data", "models"},
-    {"checkpoint", "config", "contrast", "loader", "metrics"},
+    {"checkpoint", "config", "contrast", "forward", "loader", "metrics"},
     {"methods"},
     {"als_lc", "baselines"},
     {"trainer"},

@@ -47,8 +47,8 @@ AmpMode = Annotated[str | None, typer.Option(help="off, bf16 or f16.", show_defa
 Augment = Annotated[
     str | None,
     typer.Option(
-        help="Random views of images: auto, affine or none.",
-        show_default="affine for als-lc on images",
+        help="Random views of images: auto, shift, affine or none.",
+        show_default="shift for als-lc on images",
     ),
 ]
 CheckpointSeconds = Annotated[

@@ -69,13 +69,15 @@ def read_embeddings(value: object) -> Tensor:
     return out
 
 
-def read_labels(value: object, num_classes: int | None, device: torch.device) -> tuple[Tensor, int]:
+def read_labels(
+    value: object, num_classes: int | None, device: torch.device, *, name: str = "labels"
+) -> tuple[Tensor, int]:
     """Labels [n] as int64 (a copy) and the number of classes."""
-    tensor = _tensor("labels", value, 1)
+    tensor = _tensor(name, value, 1)
     if tensor.dtype not in _INTEGERS:
-        raise TypeError(f"labels: expected an integer dtype, got {tensor.dtype}")
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
     if tensor.numel() == 0:
-        raise ValueError("labels: expected at least one label, got none")
+        raise ValueError(f"{name}: expected at least one label, got none")
     labels = tensor.to(device=device, dtype=torch.int64, copy=True)
     if num_classes is None:
         num_classes = int(labels.max()) + 1
@@ -85,7 +87,7 @@ def read_labels(value: object, num_classes: int | None, device: torch.device) ->
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(
-            f"labels: expected values in [0, {num_classes}), got {int(labels[at])} at position {at}"
+            f"{name}: expected values in [0, {num_classes}), got {int(labels[at])} at position {at}"
         )
     return labels, num_classes
 

@@ -142,11 +142,13 @@ def correct(
     *,
     suspect_mask: Tensor | None = None,
     voter_mask: Tensor | None = None,
+    guess: Tensor | None = None,
 ) -> CorrectionResult[Tensor]:
     """The procedure on checked tensors. Every decision is about ``given``, never ``current``.
 
     ``current`` differs from ``given`` where an earlier correction relabelled: there the score
     belongs to a label of our own making and is not heard, so that no decision confirms itself.
+    ``guess`` [n] int64 takes the place of the first guess.
     """
     suspect, threshold = suspect_mask, None
     if suspect is None and config.suspects != "auto":
@@ -170,7 +172,10 @@ def correct(
     else:
         everyone = torch.zeros_like(given, dtype=torch.bool)
         voter = _voters(given, everyone, config.voters, voter_mask)
-        label, survival = surviving_labels(graph, voter, num_classes, region, spread)
+        if guess is None:
+            label, survival = surviving_labels(graph, voter, num_classes, region, spread)
+        else:
+            label, survival = guess, float((guess == given).double().mean())
         for _ in range(config.rounds):
             heard = None
             if score is not None:

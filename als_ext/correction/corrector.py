@@ -168,7 +168,11 @@ class LabelCorrector:
         return self._changed_share < self._config.stop_share
 
     def step(
-        self, embeddings: Array, scores: Array | None = None, epoch: int | None = None
+        self,
+        embeddings: Array,
+        scores: Array | None = None,
+        epoch: int | None = None,
+        guess: Array | None = None,
     ) -> CorrectionResult[Tensor]:
         """Correct the labels with new embeddings.
 
@@ -178,6 +182,9 @@ class LabelCorrector:
             scores: [n] finite numbers, the higher the more suspect; of samples relabelled before
                 they are not heard. None: the neighbours alone decide.
             epoch: recorded in the history, >= 0; None: the number of the step.
+            guess: [n] integers in [0, num_classes), a classifier's opinion of the true labels, in
+                place of the first guess from neighbourhoods. Not from one that was fitted to the
+                given labels: it would confirm them. Not with given suspects.
 
         Returns:
             The result, ``old_label`` being the labels before this step. The samples of which the
@@ -194,9 +201,23 @@ class LabelCorrector:
         n, device = len(self), x.device
         check_length("embeddings", x, n)
         score = None if scores is None else read_scores(scores, n, device)
+        opinion = None
+        if guess is not None:
+            if self._config.suspects != "auto":
+                raise ValueError(
+                    f"guess: expected None with suspects={self._config.suspects!r}, got labels"
+                )
+            opinion, _ = read_labels(guess, self._num_classes, device, name="guess")
+            check_length("guess", opinion, n)
         current = self._labels.to(device)
         result = correct(
-            x, self._original.to(device), current, score, self._num_classes, self._config
+            x,
+            self._original.to(device),
+            current,
+            score,
+            self._num_classes,
+            self._config,
+            guess=opinion,
         )
         if self._pinned.any():
             kept = torch.where(self._pinned.to(device), current, result.new_label)
