@@ -1,0 +1,140 @@
+"""The processes of a torch.distributed group: what is checked, summed and gathered over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Facts = dict[str, Any]
+
+
+class Processes:
+    """A process group, seen from one of its processes.
+
+    Args:
+        group: a group that this process belongs to; None: all processes.
+
+    Raises:
+        RuntimeError: ``torch.distributed.init_process_group`` was not called.
+        ValueError: this process is not in the group.
+    """
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "group: expected an initialised torch.distributed; call "
+                "torch.distributed.init_process_group first"
+            )
+        self.group = dist.group.WORLD if group is None else group
+        self.rank = dist.get_rank(self.group)
+        if self.rank < 0:
+            raise ValueError("group: expected a group that this process belongs to, got another")
+        self.size = dist.get_world_size(self.group)
+
+    def agree(self, check: Callable[[], tuple[Facts, Facts]]) -> list[Facts]:
+        """Run a check everywhere, so that a wrong argument on one process is an error on all.
+
+        Args:
+            check: returns settings, which have to be the same everywhere, and facts of its own.
+
+        Returns:
+            The facts of every process.
+
+        Raises:
+            TypeError, ValueError: what the check raised here, or on another process.
+            ValueError: a setting that is not the same everywhere.
+        """
+        own: Exception | None = None
+        settings: Facts = {}
+        facts: Facts = {}
+        try:
+            settings, facts = check()
+        except (TypeError, ValueError) as error:
+            own = error
+        found: list[Any] = [None] * self.size
+        told = None if own is None else (type(own), str(own))
+        dist.all_gather_object(found, (told, settings, facts), group=self.group)
+        if own is not None:
+            raise own
+        for rank, (problem, _, _) in enumerate(found):
+            if problem is not None:
+                kind, text = problem
+                raise kind(f"process {rank}: {text}")
+        for rank, (_, other, _) in enumerate(found):
+            for name, value in found[0][1].items():
+                if other[name] != value:
+                    raise ValueError(
+                        f"{name}: expected the same on every process, "
+                        f"got {value!r} on process 0 and {other[name]!r} on process {rank}"
+                    )
+        return [facts for _, _, facts in found]
+
+    def sum(self, count: Tensor) -> Tensor:
+        """Sum of an integer tensor over all processes; exact."""
+        total = count.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, values: Tensor, rows: Sequence[int]) -> Tensor:
+        """The rows of all processes, in their order: [sum of rows, ...].
+
+        Args:
+            values: [rows[rank], ...], the rows here; the other sizes are the same everywhere.
+            rows: how many each process has.
+
+        Note:
+            Every process receives size * max(rows) rows: the shorter ones are padded.
+        """
+        longest = max(rows)
+        if min(rows) == longest:
+            whole = values.new_empty(self.size * longest, *values.shape[1:])
+            dist.all_gather_into_tensor(whole, values.contiguous(), group=self.group)
+            return whole
+        padded = values.new_zeros(longest, *values.shape[1:])
+        padded[: values.shape[0]] = values
+        parts = values.new_empty(self.size * longest, *values.shape[1:])
+        dist.all_gather_into_tensor(parts, padded, group=self.group)
+        starts = range(0, self.size * longest, longest)
+        return torch.cat([parts[s : s + count] for s, count in zip(starts, rows, strict=True)])
+
+    def ring(self, own: Tensor, rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """The rows of every process in turn, with its number; those of this one first.
+
+        The next ones are on their way while the caller works on these. Two buffers of max(rows)
+        are all that is held beside ``own``.
+
+        Args:
+            own: [rows[rank], D], contiguous.
+            rows: how many each process has.
+        """
+        here, longest = own, max(rows)
+        buffers: list[Tensor] = []
+        for step in range(self.size):
+            source = (self.rank - step) % self.size
+            works: list[Any] = []
+            coming = here
+            if step + 1 < self.size:
+                if len(buffers) < 2:
+                    buffers.append(own.new_empty(longest, *own.shape[1:]))
+                coming = buffers[step % 2][: rows[(source - 1) % self.size]]
+                works = self._pass_on(here, coming)
+            yield source, here
+            for work in works:
+                work.wait()
+            here = coming
+
+    def _pass_on(self, here: Tensor, coming: Tensor) -> list[Any]:
+        """Send to the next process and receive from the one before; empty tensors do not travel."""
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        steps = [(dist.isend, here, after), (dist.irecv, coming, before)]
+        operations = [
+            dist.P2POp(call, rows, group=self.group, group_peer=peer)
+            for call, rows, peer in steps
+            if rows.numel() > 0
+        ]
+        return dist.batch_isend_irecv(operations) if operations else []
