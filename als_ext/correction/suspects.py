@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from als_ext.correction.rows import HERE, Rows
+
 _ENOUGH = 100  # samples, to estimate a row of the channel by
 _BINS = 50
 _SAMPLES_PER_BIN = 100  # fewer, and the measured rate of a bin is mostly chance
 
 
 def noise_channel(
-    label: Tensor, given: Tensor, num_classes: int, sure: Tensor | None = None
+    label: Tensor,
+    given: Tensor,
+    num_classes: int,
+    sure: Tensor | None = None,
+    rows: Rows = HERE,
 ) -> Tensor:
     """Estimate P(given label = column | true label = row), ``label`` standing for the truth.
 
@@ -23,7 +29,8 @@ def noise_channel(
 
     def confusion(label: Tensor, given: Tensor) -> Tensor:
         cell = label * num_classes + given
-        return torch.bincount(cell, minlength=num_classes**2).view(num_classes, num_classes)
+        count = rows.sum(torch.bincount(cell, minlength=num_classes**2))
+        return count.view(num_classes, num_classes)
 
     count = confusion(label, given)
     if sure is not None:
@@ -33,7 +40,9 @@ def noise_channel(
     return smooth / smooth.sum(dim=1, keepdim=True)
 
 
-def score_evidence(score: Tensor, disagrees: Tensor, applies: Tensor, limit: float) -> Tensor:
+def score_evidence(
+    score: Tensor, disagrees: Tensor, applies: Tensor, limit: float, rows: Rows = HERE
+) -> Tensor:
     """Log-likelihood ratio (nats, float64, <= limit) of "the label is wrong" given the score.
 
     What a score is worth is measured, not assumed: in bins of equal counts, the rate at which the
@@ -46,19 +55,19 @@ def score_evidence(score: Tensor, disagrees: Tensor, applies: Tensor, limit: flo
         disagrees: [n] bool, whether the vote contradicts the label.
         applies: [n] bool, samples whose score belongs to the label in question; 0 elsewhere.
         limit: upper bound of the result, >= 0.
+        rows: where the rows are.
     """
     out = torch.zeros_like(score)
-    values = score[applies]
-    n = values.numel()
+    ordered = rows.everywhere(score)[rows.everywhere(applies)].sort().values
+    n = ordered.numel()
     bins = min(_BINS, n // _SAMPLES_PER_BIN)
     if bins < 2:
         return out
-    edge = values.sort().values[torch.arange(1, bins, device=score.device) * n // bins]
-    which = torch.searchsorted(edge, values, right=True)  # equal scores share a bin
-    wrong = disagrees[applies]
-    total = torch.bincount(which, minlength=bins).double()
-    count = torch.bincount(which[wrong], minlength=bins).double()
-    base = (wrong.double().mean()).clamp(1.0 / n, 1.0 - 1.0 / n)
+    edge = ordered[torch.arange(1, bins, device=score.device) * n // bins]
+    which = torch.searchsorted(edge, score[applies], right=True)  # equal scores share a bin
+    total = rows.sum(torch.bincount(which, minlength=bins)).double()
+    count = rows.sum(torch.bincount(which[disagrees[applies]], minlength=bins)).double()
+    base = (count.sum() / n).clamp(1.0 / n, 1.0 - 1.0 / n)
     rate = (count + base) / (total + 1.0)  # an empty bin says nothing
     ratio = (rate.logit() - base.logit()).clamp_max(limit)
     out[applies] = ratio[which]

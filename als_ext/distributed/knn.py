@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from als_ext.distributed.processes import Facts, Processes
 from als_ext.ops.knn import check_k, check_rows, search
-from als_ext.processes import Facts, Processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _BLOCK = 1 << 22  # candidates merged in one go: 64 MiB with their order
 
