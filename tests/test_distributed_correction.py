@@ -5,19 +5,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from workers import Workers, shards
+from workers import shards
 
 from als_ext import correct_labels
 
 FIELDS = ("suspect", "old_label", "new_label", "changed", "winner", "share", "margin", "neighbours")
 CLOSE = ("log_odds", "distances")
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    workers = Workers(3, tmp_path_factory.mktemp("correction"))
-    yield workers
-    workers.stop()
 
 
 def problem(n=900, classes=5, rate=0.4, seed=0):

@@ -2,16 +2,9 @@
 
 import pytest
 import torch
-from workers import Workers, shards
+from workers import shards
 
 from als_ext import ops
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    workers = Workers(3, tmp_path_factory.mktemp("knn"))
-    yield workers
-    workers.stop()
 
 
 def spread_knn(group, queries, databases, k, options):

@@ -72,7 +72,8 @@ class Workers:
                 rank, answer = self.results.get(timeout=LIMIT_S)
                 found[rank] = _unpack(answer)
         except Empty:
-            self.stop()
+            for process in self.processes:  # what hangs would hang the next job as well
+                process.kill()
             raise TimeoutError(f"{function.__name__}: only {sorted(found)} answered") from None
         return [found[rank] for rank in range(members)]
 

@@ -13,6 +13,40 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Facts = dict[str, Any]
+# torch 2.13 has a new name for it, and warns of the old one.
+_NAMES = ("all_gather_single", "all_gather_into_tensor")
+_all_gather: Any = next((getattr(dist, name) for name in _NAMES if hasattr(dist, name)), None)
+
+
+def all_rows(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Gather the rows of all processes, in their order.
+
+    Args:
+        values: [m, ...] of this process, of any dtype; m may differ, the rest not.
+        group: the processes; None: all of them. Every one has to call it.
+
+    Returns:
+        [sum of m, ...], in every process.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or a process is gone.
+        ValueError: dtypes or row shapes that differ.
+
+    Note:
+        Waits for the device. No gradient. Traffic: (processes) x (largest m) rows to each.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from als_ext import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> distributed.all_rows(torch.tensor([3, 5])).tolist()
+        [3, 5]
+        >>> dist.destroy_process_group()
+    """
+    processes = Processes(group)
+    settings = {"dtype": str(values.dtype), "shape of a row": list(values.shape[1:])}
+    facts = processes.agree(lambda: (settings, {"rows": values.shape[0]}))
+    return processes.gather(values.detach(), [fact["rows"] for fact in facts])
 
 
 class Processes:
@@ -93,16 +127,22 @@ class Processes:
             Every process receives size * max(rows) rows: the shorter ones are padded.
         """
         longest = max(rows)
+        if longest == 0:
+            return values
         if min(rows) == longest:
             whole = values.new_empty(self.size * longest, *values.shape[1:])
-            dist.all_gather_into_tensor(whole, values.contiguous(), group=self.group)
+            self.gather_into(whole, values.contiguous())
             return whole
         padded = values.new_zeros(longest, *values.shape[1:])
         padded[: values.shape[0]] = values
         parts = values.new_empty(self.size * longest, *values.shape[1:])
-        dist.all_gather_into_tensor(parts, padded, group=self.group)
+        self.gather_into(parts, padded)
         starts = range(0, self.size * longest, longest)
         return torch.cat([parts[s : s + count] for s, count in zip(starts, rows, strict=True)])
+
+    def gather_into(self, whole: Tensor, own: Tensor) -> None:
+        """All-gather of equal parts: ``whole`` [size * m, ...] from ``own`` [m, ...]."""
+        _all_gather(whole, own, group=self.group)
 
     def ring(self, own: Tensor, rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """The rows of every process in turn, with its number; those of this one first.
