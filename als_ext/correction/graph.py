@@ -36,6 +36,7 @@ class Graph:
         self.rows = rows
         self.first, self.size = rows.span(len(x))
         self.distance, self.indices = rows.neighbours(x, k, metric, precision)
+        self._at, self._fetch = rows.lookup(self.indices)
 
     def __len__(self) -> int:
         return self.indices.shape[0]
@@ -49,10 +50,10 @@ class Graph:
     def total(self, values: Tensor, k: int) -> Tensor:
         """Sum of ``values`` [n, b] over each row and its k nearest neighbours, [n, b]."""
         out = torch.empty_like(values)
-        everywhere = self.rows.everywhere(values)
+        fetched = self._fetch(values)
         for rows in self.blocks(k):
-            near = self.indices[rows, :k].contiguous()
-            out[rows] = F.embedding_bag(near, everywhere, mode="sum") + values[rows]
+            near = self._at[rows, :k].contiguous()
+            out[rows] = F.embedding_bag(near, fetched, mode="sum") + values[rows]
         return out
 
     def mean(self, values: Tensor, k: int) -> Tensor:
@@ -62,17 +63,17 @@ class Graph:
     def alike(self, label: Tensor, k: int) -> float:
         """Share of the k nearest neighbours, over all rows, with the label of the row."""
         same = torch.zeros((), dtype=torch.int64, device=label.device)
-        everywhere = self.rows.everywhere(label)
+        fetched = self._fetch(label)
         for rows in self.blocks(k):
-            same += (everywhere[self.indices[rows, :k]] == label[rows, None]).sum()
+            same += (fetched[self._at[rows, :k]] == label[rows, None]).sum()
         return int(self.rows.sum(same)) / (self.size * k)
 
     def unanimous(self, label: Tensor, voter: Tensor, k: int) -> Tensor:
         """Whether all k nearest neighbours of a row vote for its label, bool [n]."""
         out = torch.empty_like(label, dtype=torch.bool)
-        everywhere = self.rows.everywhere(voter)
+        fetched = self._fetch(voter)
         for rows in self.blocks(k):
-            out[rows] = (everywhere[self.indices[rows, :k]] == label[rows, None]).all(dim=1)
+            out[rows] = (fetched[self._at[rows, :k]] == label[rows, None]).all(dim=1)
         return out
 
     def votes(self, voter: Tensor, num_classes: int, k: int) -> Iterator[tuple[slice, Tensor]]:
@@ -86,9 +87,9 @@ class Graph:
         Yields:
             Some rows, and int64 [rows, C].
         """
-        everywhere = self.rows.everywhere(voter)
+        fetched = self._fetch(voter)
         for rows in self.blocks(max(k, num_classes)):
-            near = everywhere[self.indices[rows, :k]]
+            near = fetched[self._at[rows, :k]]
             row = torch.arange(near.shape[0], device=near.device)[:, None]
             cell = (row * num_classes + near)[near >= 0]
             count = torch.bincount(cell, minlength=near.shape[0] * num_classes)

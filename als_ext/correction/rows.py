@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor
 
 from als_ext import distributed, ops
+from als_ext.distributed.exchange import Exchange
 from als_ext.distributed.processes import Processes
+
+
+class Lookup(NamedTuple):
+    """How to read values of rows by an index: ``fetch(values)[at]``."""
+
+    at: Tensor
+    fetch: Callable[[Tensor], Tensor]
 
 
 class Rows:
@@ -18,6 +29,10 @@ class Rows:
     def neighbours(self, x: Tensor, k: int, metric: str, precision: str) -> tuple[Tensor, Tensor]:
         """Distance and number of the k rows nearest to each row of x, itself left out."""
         return ops.knn(x, x, k, metric=metric, exclude_self=True, precision=precision)
+
+    def lookup(self, index: Tensor) -> Lookup:
+        """How values of the rows that ``index`` numbers are read."""
+        return Lookup(index, lambda values: values)
 
     def everywhere(self, values: Tensor) -> Tensor:
         """Values of all rows, from those of the rows here."""
@@ -57,6 +72,11 @@ class SpreadRows(Rows):
             precision=precision,
             group=self._processes.group,
         )
+
+    def lookup(self, index: Tensor) -> Lookup:
+        """Fetches each row that ``index`` names once."""
+        exchange = Exchange(self._processes, self._rows, index)
+        return Lookup(exchange.at, exchange)
 
     def everywhere(self, values: Tensor) -> Tensor:
         """Gathers them: n values in every process."""
