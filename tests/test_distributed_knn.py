@@ -96,3 +96,16 @@ def test_group_has_to_exist():
     x = torch.randn(4, 2)
     with pytest.raises(RuntimeError, match="init_process_group"):
         distributed.knn(x, x, 1)
+
+
+def test_keys_are_in_the_order_of_distance_and_index():
+    from als_ext.distributed.knn import _keys, _unpacked
+
+    values = [-float("inf"), -3.0, -1e-40, 0.0, 1e-40, 2.5, float("inf"), float("nan")]
+    distance = torch.tensor(values).repeat_interleave(3)
+    index = torch.tensor([0, 1, 2**32 - 1]).repeat(len(values))
+    keys = _keys(distance, index)
+    assert (keys.diff() > 0).all()
+    back = _unpacked(keys)
+    assert torch.equal(back[0].view(torch.int32), distance.view(torch.int32))
+    assert torch.equal(back[1], index)

@@ -22,7 +22,7 @@ from als_ext.correction.graph import Graph
 from als_ext.correction.result import ArrayT, CorrectionResult
 from als_ext.correction.rows import HERE, Rows, SpreadRows
 from als_ext.correction.survival import surviving_labels
-from als_ext.correction.suspects import noise_channel, score_evidence, score_threshold
+from als_ext.correction.suspects import ScoreBins, noise_channel, score_threshold
 from als_ext.correction.votes import bayes_vote, plain_vote
 from als_ext.distributed.processes import Facts, Processes
 
@@ -242,12 +242,8 @@ def correct(
         everyone = torch.zeros_like(given, dtype=torch.bool)
         voter = _voters(given, everyone, config.voters, voter_mask, rows)
         label, survival = surviving_labels(graph, voter, num_classes, region, spread)
+        bins = None if score is None else ScoreBins(score, current == given, rows)
         for _ in range(config.rounds):
-            heard = None
-            if score is not None:
-                heard = score_evidence(
-                    score, label != given, current == given, config.score_limit, rows
-                )
             voting = label.masked_fill(voter < 0, -1)
             sure = graph.unanimous(label, voting, k)
             vote = bayes_vote(
@@ -257,7 +253,7 @@ def correct(
                 noise_channel(label, given, num_classes, sure, rows),
                 k,
                 config.vote_smoothing,
-                heard,
+                None if bins is None else bins.evidence(label != given, config.score_limit),
             )
             label = torch.where(vote.winner < 0, given, vote.winner)
         accept = suspect = label != given

@@ -26,7 +26,9 @@ class Exchange:
     """
 
     def __init__(self, processes: Processes, rows: Sequence[int], index: Tensor) -> None:
-        named, self.at = torch.unique(index, return_inverse=True)  # ascending: process after process
+        named, self.at = torch.unique(
+            index, return_inverse=True
+        )  # ascending: process after process
         ends = torch.tensor(rows, device=index.device).cumsum(0)
         upto = torch.searchsorted(named, ends)
         asked = upto.diff(prepend=upto.new_zeros(1))

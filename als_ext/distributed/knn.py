@@ -13,7 +13,8 @@ from als_ext.ops.knn import check_k, check_rows, search
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_BLOCK = 1 << 22  # candidates merged in one go: 64 MiB with their order
+_BLOCK = 1 << 22  # candidates merged in one go: 96 MiB
+_LOW = (1 << 32) - 1  # the bits of a row's number in a key
 
 
 def knn(
@@ -50,8 +51,8 @@ def knn(
     Raises:
         RuntimeError: torch.distributed is not initialised, or a process is gone.
         TypeError: as :func:`als_ext.ops.knn`.
-        ValueError: as :func:`als_ext.ops.knn`, or settings that differ between processes. An
-            argument that is wrong on one process is an error on all.
+        ValueError: as :func:`als_ext.ops.knn`, settings that differ between processes, or more than
+            2^32 rows. An argument that is wrong on one process is an error on all.
 
     Note:
         Every process of the group has to call it. Memory: that of the search, the lists, and two
@@ -79,34 +80,39 @@ def knn(
 
     rows = [int(facts["rows"]) for facts in processes.agree(check)]
     check_k(k, sum(rows) - 1 if exclude_self else sum(rows), query.device)
-    distance = query.new_empty(query.shape[0], 0, dtype=torch.float32)
-    index = query.new_empty(query.shape[0], 0, dtype=torch.int64)
+    if sum(rows) > _LOW + 1:
+        raise ValueError(f"database: expected at most 2^32 rows in all, got {sum(rows)}")
+    best = query.new_empty(query.shape[0], 0, dtype=torch.int64)
     for source, shard in processes.ring(database.detach().contiguous(), rows):
         alone = exclude_self and source == processes.rank
         width = min(k, shard.shape[0] - alone)
-        if width < 1:
-            continue
-        near, at = search(query, shard, width, metric, alone, precision)
-        at += sum(rows[:source])
-        distance, index = _merge(distance, index, near, at, k) if index.shape[1] else (near, at)
-    return distance, index
+        if width > 0:
+            distance, index = search(query, shard, width, metric, alone, precision)
+            best = _merge(best, _keys(distance, index + sum(rows[:source])), k)
+    return _unpacked(best)
 
 
-def _merge(
-    distance: Tensor, index: Tensor, near: Tensor, at: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k first of two lists a row by (distance, index); NaN last."""
-    width = min(k, index.shape[1] + at.shape[1])
-    out = distance.new_empty(len(distance), width), index.new_empty(len(index), width)
-    step = max(1, _BLOCK // (index.shape[1] + at.shape[1]))
-    for start in range(0, len(index), step):
+def _keys(distance: Tensor, index: Tensor) -> Tensor:
+    """(distance, index) as int64 in the same order, NaN last: the float's bits, then the index."""
+    return (_mirrored(distance.view(torch.int32)).long() << 32) | index
+
+
+def _unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:
+    return _mirrored((keys >> 32).int()).view(torch.float32), keys & _LOW
+
+
+def _mirrored(bits: Tensor) -> Tensor:
+    """Negative floats have their magnitude in ascending order: turned round. Its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _merge(one: Tensor, other: Tensor, k: int) -> Tensor:
+    """The k smallest of two lists a row, or all if they are fewer."""
+    width = min(k, one.shape[1] + other.shape[1])
+    out = one.new_empty(len(one), width)
+    step = max(1, _BLOCK // (one.shape[1] + other.shape[1]))
+    for start in range(0, len(one), step):
         rows = slice(start, start + step)
-        both, order = torch.cat([index[rows], at[rows]], dim=1).sort(dim=1)
-        far, place = (
-            torch.cat([distance[rows], near[rows]], dim=1)
-            .gather(1, order)
-            .sort(dim=1, stable=True)  # equal distances keep the order of the indices
-        )
-        out[0][rows] = far[:, :width]
-        out[1][rows] = both.gather(1, place[:, :width])
+        both = torch.cat([one[rows], other[rows]], dim=1)
+        out[rows] = both.sort(dim=1, stable=True).values[:, :width]  # stable: the faster sort
     return out
