@@ -67,7 +67,8 @@ class SampleWeights:
             on CUDA from 2**24 + 4096 B with the largest batch B so far, else dense.
         device: where the state lives; by default the prior's device, or torch's default.
         group: processes that share π. Each has all of it and gives :meth:`update_` and
-            :meth:`reset_` its own part; all of them have to call these (and :meth:`batch_share`).
+            :meth:`reset_` its own part; all of them have to make these calls, that of
+            :meth:`batch_share` and this one.
         batch_size: with a group: the most samples that a process has in a step, >= 1.
         repeats: with a group: "once": an index counts once a step, so that the padding of a
             ``DistributedSampler`` does not count; "add": losses of equal indices add up (groups of
@@ -122,7 +123,7 @@ class SampleWeights:
         self._mode = mode
         lazy = mode == "lazy" or (mode == "auto" and _lazy_pays(n, 0, device))
         self._state = pi_state(n, self._rule, log_prior=log_prior, lazy=lazy, device=device)
-        self._joint = joint_batch(group, batch_size, repeats)
+        self._joint = joint_batch(group, batch_size, repeats, self._settings)
 
     @property
     def joint(self) -> JointBatch | None:

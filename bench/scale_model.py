@@ -11,6 +11,10 @@ NEIGHBOURS = 50  # of the graph of a correction
 RATES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 TURNS = (5, 5, 5)  # averagings in each turn of choosing rate and averagings, at most
 FOLDS, ROUNDS = 5, 6
+# Multiply-adds and bytes a second of one process. H100: the search of 65,536 queries (measured on
+# one, docs/ops/knn.md), and a 200 Gbit/s link (assumed).
+RATES_OF = {"h100": (1.3e14, 25e9)}
+PLANS = ((10**6, 1), (10**6, 8), (10**7, 8), (10**8, 64), (10**9, 256), (10**9, 1024))
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def knn(n: float, dim: int, k: int, size: int, element: int = 4) -> Cost:
     return Cost(
         products=n * own * dim,
         received=(n - own) * dim * element,
-        held=shards * own * dim * element + 12.0 * k * own,
+        held=shards * own * dim * element + 20.0 * k * own,  # lists: their keys, the last search's
     )
 
 

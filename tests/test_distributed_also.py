@@ -276,6 +276,7 @@ def refused(group):
         lambda: weights.batch_share(torch.arange(5)),
         lambda: pickle.dumps(weights),
         lambda: als_ext.SampleWeights(10, group=group, batch_size=4 + dist.get_rank(group)),
+        lambda: als_ext.SampleWeights(10 + dist.get_rank(group), group=group, batch_size=4),
     )
     return list(map(message, calls))
 
@@ -290,6 +291,7 @@ def test_errors(workers):
                 "index: expected at most batch_size = 4 entries, got 5",
                 "group: a group of processes cannot be pickled",
                 "batch_size: expected the same on every process, got 4 on process 0 and 5",
+                "n: expected the same on every process, got 10 on process 0 and 11",
             ],
             strict=True,
         ):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from als_ext.distributed.processes import Processes
+from als_ext.distributed.processes import Facts, Processes
 from als_ext.ops._checks import check_choice, check_int
 from als_ext.ops.pi_step import NO_INDEX
 
@@ -27,9 +27,12 @@ class JointBatch:
         group: the processes of a step.
         batch_size: the most samples that one of them has, the same everywhere.
         repeats: "once": of equal indices the first counts; "add": all of them do.
+        settings: of what is stepped; they have to be the same everywhere.
     """
 
-    def __init__(self, group: ProcessGroup, batch_size: int | None, repeats: str) -> None:
+    def __init__(
+        self, group: ProcessGroup, batch_size: int | None, repeats: str, settings: Facts
+    ) -> None:
         if batch_size is None:
             raise ValueError(
                 "batch_size: expected, with a group, the most samples of a process in a step, "
@@ -39,7 +42,8 @@ class JointBatch:
         check_choice("repeats", repeats, REPEATS)
         self.processes = Processes(group)
         self._batch_size, self._once = batch_size, repeats == "once"
-        self.processes.agree(lambda: ({"batch_size": batch_size, "repeats": repeats}, {}))
+        settings = {**settings, "batch_size": batch_size, "repeats": repeats}
+        self.processes.agree(lambda: (settings, {}))
 
     @property
     def size(self) -> int:
@@ -109,11 +113,11 @@ class JointBatch:
 
 
 def joint_batch(
-    group: ProcessGroup | None, batch_size: int | None, repeats: str
+    group: ProcessGroup | None, batch_size: int | None, repeats: str, settings: Facts
 ) -> JointBatch | None:
     """A JointBatch where there is a group."""
     if group is not None:
-        return JointBatch(group, batch_size, repeats)
+        return JointBatch(group, batch_size, repeats, settings)
     if batch_size is not None:
         raise ValueError(f"batch_size: expected None without a group, got {batch_size}")
     if repeats != REPEATS[0]:

@@ -30,7 +30,8 @@ def all_rows(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or a process is gone.
-        ValueError: dtypes or row shapes that differ.
+        TypeError: no tensor.
+        ValueError: no rows at all (0-dim), dtypes or row shapes that differ.
 
     Note:
         Waits for the device. No gradient. Traffic: (processes) x (largest m) rows to each.
@@ -44,8 +45,16 @@ def all_rows(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
         >>> dist.destroy_process_group()
     """
     processes = Processes(group)
-    settings = {"dtype": str(values.dtype), "shape of a row": list(values.shape[1:])}
-    facts = processes.agree(lambda: (settings, {"rows": values.shape[0]}))
+
+    def check() -> tuple[Facts, Facts]:
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values: expected a torch.Tensor, got {type(values).__name__}")
+        if values.dim() == 0:
+            raise ValueError("values: expected at least one dimension, got shape []")
+        settings = {"dtype": str(values.dtype), "shape of a row": list(values.shape[1:])}
+        return settings, {"rows": values.shape[0]}
+
+    facts = processes.agree(check)
     return processes.gather(values.detach(), [fact["rows"] for fact in facts])
 
 
