@@ -1,6 +1,7 @@
 """Points of docs/scale.md's cost model: Gloo processes on this machine, a thread each.
 
-    python bench/scale.py > bench/results/scale-gloo.jsonl
+    python bench/scale.py > bench/results/scale-gloo.jsonl    1, 2 and 3 processes
+    python bench/scale.py --quick 2                           a rehearsal, 2 processes
 
 Bytes are those of the loopback interface (Linux), of all processes together and with what TCP adds.
 Times are the least of three: wall time, and CPU time of the process that takes most of it, which
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,26 @@ from als_ext.distributed.exchange import Exchange
 from bench import scale_model
 
 SIZES = (1, 2, 3)
-KNN = ((20_000, 128, 10), (40_000, 128, 10), (20_000, 512, 10), (40_000, 128, 50))
-ROWS, FEATURES, CLASSES = 20_000, 32, 10  # of the correction
-WEIGHTS, STEPS = ((100_000, 64), (10_000_000, 64), (10_000_000, 4096)), 200
-REPEATS = 3
+FEATURES, CLASSES = 32, 10  # of the correction
+
+
+@dataclass(frozen=True)
+class Points:
+    knn: tuple[tuple[int, int, int], ...]  # n, D, k
+    rows: int  # of the correction
+    weights: tuple[tuple[int, int], ...]  # n, samples of a process in a step
+    steps: int
+    repeats: int
+
+
+FULL = Points(
+    knn=((20_000, 128, 10), (40_000, 128, 10), (20_000, 512, 10), (40_000, 128, 50)),
+    rows=20_000,
+    weights=((100_000, 64), (10_000_000, 64), (10_000_000, 4096)),
+    steps=200,
+    repeats=3,
+)
+QUICK = Points(knn=((2000, 64, 5),), rows=600, weights=((10_000, 4096),), steps=3, repeats=1)
 
 
 def loopback() -> int:
@@ -44,10 +62,10 @@ def loopback() -> int:
     raise RuntimeError("/proc/net/dev: expected the interface 'lo', got none")
 
 
-def measured(work: Callable[[], Any]) -> dict[str, float]:
+def measured(work: Callable[[], Any], repeats: int) -> dict[str, float]:
     """Least seconds, wall and CPU, and bytes of all processes."""
     seconds, busy, moved = [], [], []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         dist.barrier()
         before, begun, working = loopback(), time.perf_counter(), time.process_time()
         work()
@@ -64,40 +82,44 @@ def own_rows(values: torch.Tensor) -> torch.Tensor:
     return values.tensor_split(dist.get_world_size())[dist.get_rank()]
 
 
-def knn_points() -> None:
-    for n, dim, k in KNN:
+def knn_points(points: Points) -> None:
+    for n, dim, k in points.knn:
         x = own_rows(torch.randn(n, dim, generator=torch.Generator().manual_seed(0)))
-        found = measured(lambda x=x, k=k: als_ext.distributed.knn(x, x, k, exclude_self=True))
+
+        def work(x=x, k=k):
+            als_ext.distributed.knn(x, x, k, exclude_self=True)
+
+        found = measured(work, points.repeats)
         cost = scale_model.knn(n, dim, k, dist.get_world_size())
         say("knn", f"n = {n:,}, D = {dim}, k = {k}", found, cost.received, products=cost.products)
 
 
-def correction_points() -> None:
+def correction_points(points: Points) -> None:
     """Rows in no order, and those of a class in one process: then few neighbours are elsewhere."""
-    g = torch.Generator().manual_seed(0)
-    truth = torch.randint(0, CLASSES, (ROWS,), generator=g)
-    x = torch.randn(ROWS, FEATURES, generator=g) + 2 * torch.eye(FEATURES)[truth] * 3
-    wrong = torch.rand(ROWS, generator=g) < 0.4
-    given = torch.where(wrong, torch.randint(0, CLASSES, (ROWS,), generator=g), truth)
-    for order, where in ((torch.arange(ROWS), "in no order"), (truth.argsort(), "by class")):
+    g, rows = torch.Generator().manual_seed(0), points.rows
+    truth = torch.randint(0, CLASSES, (rows,), generator=g)
+    x = torch.randn(rows, FEATURES, generator=g) + 2 * torch.eye(FEATURES)[truth] * 3
+    wrong = torch.rand(rows, generator=g) < 0.4
+    given = torch.where(wrong, torch.randint(0, CLASSES, (rows,), generator=g), truth)
+    for order, where in ((torch.arange(rows), "in no order"), (truth.argsort(), "by class")):
         fetched = _count_fetches()
         mine, labels = own_rows(x[order]), own_rows(given[order])
 
         def work(mine=mine, labels=labels):
             als_ext.correct_labels(mine, labels, num_classes=CLASSES, group=dist.group.WORLD)
 
-        found = measured(work)
-        graph = scale_model.knn(ROWS, FEATURES, 50, dist.get_world_size()).received
-        columns = sum(width for width, _ in fetched) / REPEATS
+        found = measured(work, points.repeats)
+        graph = scale_model.knn(rows, FEATURES, 50, dist.get_world_size()).received
+        columns = sum(width for width, _ in fetched) / points.repeats
         named = fetched[0][1] if fetched else 0
-        received = sum(4 * width * rows for width, rows in fetched) / REPEATS
+        received = sum(4 * width * count for width, count in fetched) / points.repeats
         say(
             "correct_labels",
-            f"n = {ROWS:,}, C = {CLASSES}, rows {where}",
+            f"n = {rows:,}, C = {CLASSES}, rows {where}",
             found,
             graph + received,
             columns=columns,
-            elsewhere=named / ROWS,
+            elsewhere=named / rows,
         )
 
 
@@ -118,20 +140,20 @@ def _count_fetches() -> list[tuple[float, int]]:
     return fetched
 
 
-def also_points() -> None:
-    for n, batch in WEIGHTS:
+def also_points(points: Points) -> None:
+    for n, batch in points.weights:
         weights = als_ext.SampleWeights(n, group=dist.group.WORLD, batch_size=batch)
         index, loss = torch.randint(0, n, (batch,)), torch.rand(batch)
 
         def work(weights=weights, index=index, loss=loss):
-            for _ in range(STEPS):
+            for _ in range(points.steps):
                 weights.batch_share(index)
                 weights.half_weight(index)
                 weights.update_(index, loss)
 
         work()
-        found = measured(work)
-        found = {name: value / STEPS for name, value in found.items()}
+        found = measured(work, points.repeats)
+        found = {name: value / points.steps for name, value in found.items()}
         cost = scale_model.also_step(n, batch, dist.get_world_size())
         say("step of ALSO's weights", f"n = {n:,}, {batch:,} a process", found, cost.received)
 
@@ -145,20 +167,21 @@ def say(what: str, point: str, found: dict[str, float], received: float, **more:
         print(json.dumps({**line, "model_bytes": float(total), **more}), flush=True)
 
 
-def process(rank: int, size: int, store: str) -> None:
+def process(rank: int, size: int, store: str, points: Points) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=10), size, rank)
-    knn_points()
-    correction_points()
-    also_points()
+    knn_points(points)
+    correction_points(points)
+    also_points(points)
     dist.destroy_process_group()
 
 
 def main() -> None:
     """Print a line a point."""
-    for size in SIZES:
+    points = QUICK if "--quick" in sys.argv else FULL
+    for size in [int(word) for word in sys.argv[1:] if word.isdigit()] or SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(process, (size, f"{folder}/store"), nprocs=size)
+            mp.spawn(process, (size, f"{folder}/store", points), nprocs=size)
 
 
 if __name__ == "__main__":
