@@ -134,6 +134,7 @@ def test_an_error_in_one_process_is_an_error_in_all(workers):
     assert own == "embeddings: expected finite float32 values, row 0 holds NaN or inf"
     assert other == f"process 1: {own}"
     assert "settings: expected the same" in texts(*parts, None, {"rounds": [1, 2]})[0]
+    assert texts(*parts, None, {"rounds": [0, 2]})[1] == ("process 0: rounds: expected >= 1, got 0")
     assert "score given: expected the same" in texts(*parts, [scores[:30], None], {})[1]
     assert "labels: expected values in [0, 2)" in texts(*parts, None, {"num_classes": 2})[0]
     nobody = {"voters": [torch.zeros(30, dtype=torch.bool)] * 2}

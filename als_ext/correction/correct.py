@@ -115,26 +115,27 @@ def correct_labels(
         >>> bool((result.new_label == truth).all()), result.summary()["changed"]
         (True, 40)
     """
-    config = CorrectionConfig(
-        k=k,
-        suspects=suspects if isinstance(suspects, (str, float, int)) else "auto",
-        voters=voters if isinstance(voters, str) else "trusted",
-        metric=metric,
-        min_share=min_share,
-        min_margin=min_margin,
-        rounds=rounds,
-        vote_smoothing=vote_smoothing,
-        score_limit=score_limit,
-        precision=precision,
-    )
 
     def read() -> _Inputs:
+        config = CorrectionConfig(
+            k=k,
+            suspects=suspects if isinstance(suspects, (str, float, int)) else "auto",
+            voters=voters if isinstance(voters, str) else "trusted",
+            metric=metric,
+            min_share=min_share,
+            min_margin=min_margin,
+            rounds=rounds,
+            vote_smoothing=vote_smoothing,
+            score_limit=score_limit,
+            precision=precision,
+        )
         least = 2 if group is None else 0
         x = read_embeddings(embeddings, least=least)
         n, device = x.shape[0], x.device
         given, classes = read_labels(labels, num_classes, device, least=min(least, 1))
         check_length("labels", given, n)
         return _Inputs(
+            config,
             x,
             given,
             None if scores is None else read_scores(scores, n, device),
@@ -148,14 +149,14 @@ def correct_labels(
     if group is None:
         inputs, rows = read(), HERE
     else:
-        inputs, rows = _read_together(Processes(group), read, config, num_classes)
+        inputs, rows = _read_together(Processes(group), read, num_classes)
     result = correct(
         inputs.x,
         inputs.given,
         inputs.given,
         inputs.score,
         inputs.classes,
-        config,
+        inputs.config,
         suspect_mask=inputs.suspects,
         voter_mask=inputs.voters,
         rows=rows,
@@ -166,6 +167,7 @@ def correct_labels(
 class _Inputs(NamedTuple):
     """Checked arguments."""
 
+    config: CorrectionConfig
     x: Tensor
     given: Tensor
     score: Tensor | None
@@ -177,7 +179,6 @@ class _Inputs(NamedTuple):
 def _read_together(
     processes: Processes,
     read: Callable[[], _Inputs],
-    config: CorrectionConfig,
     num_classes: int | None,
 ) -> tuple[_Inputs, Rows]:
     """Arguments of this process, checked in all; the classes are those of all labels."""
@@ -186,7 +187,7 @@ def _read_together(
     def check() -> tuple[Facts, Facts]:
         own = read()
         found.append(own)
-        settings = {"columns of embeddings": own.x.shape[1], "settings": config}
+        settings = {"columns of embeddings": own.x.shape[1], "settings": own.config}
         settings["num_classes"] = num_classes
         for name in ("score", "suspects", "voters"):
             settings[f"{name} given"] = getattr(own, name) is not None

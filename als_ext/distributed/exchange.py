@@ -26,9 +26,8 @@ class Exchange:
     """
 
     def __init__(self, processes: Processes, rows: Sequence[int], index: Tensor) -> None:
-        named, self.at = torch.unique(
-            index, return_inverse=True
-        )  # ascending: process after process
+        # Ascending, so the rows of one process after those of another.
+        named, self.at = torch.unique(index, return_inverse=True)
         ends = torch.tensor(rows, device=index.device).cumsum(0)
         upto = torch.searchsorted(named, ends)
         asked = upto.diff(prepend=upto.new_zeros(1))
