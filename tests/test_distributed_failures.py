@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import test_distributed_also as also
@@ -133,3 +136,27 @@ def test_a_killed_run_goes_on_with_fewer_processes(tmp_path, workers):
     assert break_one(tmp_path, signal.SIGKILL, train) < BOUND_S
     found = workers.run(2, resume, tmp_path)
     also.assert_same(found, also.alone(also.batches(12, 12)), also.CLOSE[torch.float64])
+
+
+def test_torchrun_starts_it_again(tmp_path):
+    """As docs/scale.md says, the variable included."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = [
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        str(Path(__file__).parent / "restarted.py"),
+    ]
+    done = subprocess.run(
+        [*torchrun, *options, str(tmp_path)],
+        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "failed (exitcode: -9)" in done.stderr
+    found = [torch.load(tmp_path / f"found{rank}.pt") for rank in range(2)]
+    assert found[0][0] == found[1][0] > 0  # it went on, from where it was
+    want = also.alone(also.batches(12, 12))
+    also.assert_same([state for _, state in found], want, also.CLOSE[torch.float64])
