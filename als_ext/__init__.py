@@ -1,6 +1,6 @@
 """Adaptive loss scaling and embedding-based label correction for PyTorch."""
 
-from als_ext import baselines, ops
+from als_ext import baselines, distributed, ops
 from als_ext._library import __version__, build_info
 from als_ext.als_lc import AlsLc
 from als_ext.config import TrainConfig
@@ -29,6 +29,7 @@ __all__ = [
     "baselines",
     "build_info",
     "correct_labels",
+    "distributed",
     "ops",
     "pretrain",
 ]

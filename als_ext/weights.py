@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from als_ext._library import require_device
+from als_ext.distributed import all_rows
+from als_ext.distributed.joint import JointBatch, joint_batch
 from als_ext.ops._checks import check_choice, check_int, check_tensor
 from als_ext.ops.pi_step import (
     NO_INDEX,
@@ -22,6 +24,9 @@ from als_ext.ops.pi_step import (
     step_unchecked,
     weight_unchecked,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MODES = ("auto", "dense", "lazy")
 # "auto": lazy from n = first + second * B on. On the CPU the batch's own work is in both modes, and
@@ -61,6 +66,13 @@ class SampleWeights:
             the step makes an exact pass by itself. "auto": lazy from 8192 samples on on the CPU,
             on CUDA from 2**24 + 4096 B with the largest batch B so far, else dense.
         device: where the state lives; by default the prior's device, or torch's default.
+        group: processes that share π. Each has all of it and gives :meth:`update_` and
+            :meth:`reset_` its own part; all of them have to make these calls, that of
+            :meth:`batch_share` and this one.
+        batch_size: with a group: the most samples that a process has in a step, >= 1.
+        repeats: with a group: "once": an index counts once a step, so that the padding of a
+            ``DistributedSampler`` does not count; "add": losses of equal indices add up (groups of
+            samples that share a weight).
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -94,6 +106,9 @@ class SampleWeights:
         direction: str = "max",
         mode: str = "auto",
         device: torch.device | str | None = None,
+        group: ProcessGroup | None = None,
+        batch_size: int | None = None,
+        repeats: str = "once",
     ) -> None:
         check_int("n", n, low=1)
         check_choice("mode", mode, MODES)
@@ -108,6 +123,12 @@ class SampleWeights:
         self._mode = mode
         lazy = mode == "lazy" or (mode == "auto" and _lazy_pays(n, 0, device))
         self._state = pi_state(n, self._rule, log_prior=log_prior, lazy=lazy, device=device)
+        self._joint = joint_batch(group, batch_size, repeats, self._settings)
+
+    @property
+    def joint(self) -> JointBatch | None:
+        """How the batches of a group become one; None without a group."""
+        return self._joint
 
     @property
     def n(self) -> int:
@@ -181,6 +202,34 @@ class SampleWeights:
         check_index(self._state.u, index)
         return weight_unchecked(self._state, self._rule, index, half=True, log=False)
 
+    def batch_share(self, index: Tensor) -> Tensor:
+        """What each sample of a batch adds to a mean: 1 / B.
+
+        With a group: (number of processes) / (samples of the joint batch that count), 0 for a
+        repeat: of gradients of such sums, the average that DistributedDataParallel takes is the
+        gradient of the mean over the joint batch.
+
+        Args:
+            index: [B] int64 in [0, n).
+
+        Returns:
+            [B] float32.
+
+        Raises:
+            TypeError: as :meth:`weight`.
+            ValueError: as :meth:`weight`, and with a group more than ``batch_size`` entries.
+
+        Example:
+            >>> import torch, als_ext
+            >>> als_ext.SampleWeights(9).batch_share(torch.tensor([3, 5])).tolist()
+            [0.5, 0.5]
+        """
+        check_index(self._state.u, index)
+        if self._joint is None:
+            return torch.full_like(index, 1 / max(index.shape[0], 1), dtype=torch.float32)
+        counted, total = self._joint.count(index)
+        return (counted * self._joint.size / total).float()
+
     def update_(self, index: Tensor, loss: Tensor, *, found_inf: Tensor | None = None) -> None:
         """Step π by the losses of a batch.
 
@@ -198,6 +247,9 @@ class SampleWeights:
                 CUDA, where looking would wait for the device, such an index is left out.
         """
         size = check_batch(self._state.u, index, loss, found_inf)
+        if self._joint is not None:
+            index, loss, found_inf = self._joint.gather(index, loss, found_inf)
+            size = index.shape[0]
         if size > self._state.pending_index.shape[0]:
             self._reserve(size)
         step_unchecked(self._state, self._rule, index, loss, found_inf)
@@ -342,7 +394,8 @@ class SampleWeights:
         history belongs to the old label.
 
         Args:
-            index: [B] int64 in [0, n); repeats are harmless.
+            index: [B] int64 in [0, n); repeats are harmless. With a group: of any length; what all
+                processes name is reset.
 
         Raises:
             TypeError: index is not an int64 tensor.
@@ -351,6 +404,9 @@ class SampleWeights:
         Note:
             Two exact passes over the samples; waits for the device to check the range.
         """
+        check_index(self._state.u, index)
+        if self._joint is not None:
+            index = all_rows(index, self._joint.processes.group)
         check_index(self._state.u, index, wait=True)
         if index.shape[0] == 0:
             return

@@ -1,4 +1,4 @@
-"""Tables of results.md, correction.md and README.md, from bench/results/{compare,correction}-*.
+"""Tables of results.md, correction.md, scale.md and README.md, from bench/results/*-NAME*.
 
     python bench/results_page.py
 
@@ -9,6 +9,7 @@ made again; tests/test_results_page.py compares the page with the cells.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -19,9 +20,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench import scale_model  # noqa: E402
 from bench.markdown import markdown_table  # noqa: E402
 
-PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "correction.md", ROOT / "README.md")
+DOCS = ROOT / "docs"
+PAGES = (DOCS / "results.md", DOCS / "correction.md", DOCS / "scale.md", ROOT / "README.md")
 CELLS = ROOT / "bench" / "results"
 OURS = "als-lc"
 _PART = re.compile(r"(<!-- results: ([\w-]+) (\w+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
@@ -130,7 +133,56 @@ def vote_table(name: str) -> str:
     return markdown_table(head, rows)
 
 
+def scale_table(name: str) -> str:
+    """Bytes and CPU time of several processes beside the model's: a row a point."""
+    lines = (CELLS / f"scale-{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    points = [json.loads(line) for line in lines]
+    alone = {(p["what"], p["point"]): p["cpu_seconds"] for p in points if p["processes"] == 1}
+    head = [
+        "work",
+        "processes",
+        "MB moved, model",
+        "measured",
+        "CPU s a process, model",
+        "measured",
+    ]
+    rows = []
+    for point in points:
+        key, size = (point["what"], point["point"]), point["processes"]
+        shared = "step" not in point["what"]  # every process makes the same step of pi
+        row = [", ".join(key), str(size)]
+        row += [f"{point[name] / 1e6:.4g}" for name in ("model_bytes", "bytes")]
+        row += [f"{alone[key] / (size if shared else 1):.3g}", f"{point['cpu_seconds']:.3g}"]
+        rows.append(row)
+    return markdown_table(head, rows)
+
+
+def plan_table(name: str) -> str:
+    """What the model says of large sets: a row a number of rows and of processes."""
+    products, link = scale_model.RATES_OF[name]
+    head = ["n", "processes", "kNN: multiply-adds", "s", "GB received", "s", "GB held"]
+    head += ["rest of a correction: GB received, at most", "s", "GB held", "GB of π"]
+    rows = []
+    for n, size in scale_model.PLANS:
+        graph = scale_model.knn(n, 128, scale_model.NEIGHBOURS, size)
+        rest = scale_model.correction(n, 10, size)
+        row = [f"10^{math.log10(n):.0f}", f"{size:,}", f"{graph.products:.2g}"]
+        row += [_short(graph.products / products), _short(graph.received / 1e9)]
+        row += [_short(graph.received / link), _short(graph.held / 1e9)]
+        row += [_short(rest.received / 1e9), _short(rest.received / link)]
+        row += [_short(rest.held / 1e9), _short(scale_model.also_step(n, 1, size).held / 1e9)]
+        rows.append(row)
+    return markdown_table(head, rows)
+
+
+def _short(value: float) -> str:
+    """Two digits that say something."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 TABLES = {
+    "plan": plan_table,
+    "scale": scale_table,
     "accuracy": accuracy_table,
     "labels": labels_table,
     "right": right_table,

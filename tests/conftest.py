@@ -60,6 +60,16 @@ def generator():
 
 
 @pytest.fixture(scope="session")
+def workers(tmp_path_factory):
+    """Three processes with a Gloo group; see tests/workers.py."""
+    from workers import Workers
+
+    workers = Workers(3, tmp_path_factory.mktemp("workers"))
+    yield workers
+    workers.stop()
+
+
+@pytest.fixture(scope="session")
 def mnist_dir():
     """MNIST's idx files: $ALS_DATA_DIR/mnist, or shared/data/mnist beside the checkout."""
     root = os.environ.get("ALS_DATA_DIR")

@@ -11,7 +11,7 @@ from als_ext import CorrectionConfig, LabelCorrector, correct_labels
 from als_ext.correction import survival
 from als_ext.correction.config import neighbourhoods, neighbours_that_vote
 from als_ext.correction.graph import Graph
-from als_ext.correction.suspects import noise_channel, score_evidence, score_threshold
+from als_ext.correction.suspects import ScoreBins, noise_channel, score_threshold
 
 
 def blobs(n=600, classes=3, spread=1.0, seed=0):
@@ -318,14 +318,16 @@ def test_scores_without_information_change_next_to_nothing():
 def test_score_limit_lets_a_high_score_speak_against_a_label():
     score = torch.arange(1000, dtype=torch.float64)
     wrong, everyone = score >= 900, torch.ones(1000, dtype=torch.bool)
-    vouch = score_evidence(score, wrong, everyone, 0.0)
+    vouch = ScoreBins(score, everyone).evidence(wrong, 0.0)
     assert vouch.max() == 0
     assert vouch[:900].max() < -1
-    condemn = score_evidence(score, wrong, everyone, 2.0)
+    condemn = ScoreBins(score, everyone).evidence(wrong, 2.0)
     assert (condemn[900:] == 2.0).all()
     assert torch.equal(condemn[:900], vouch[:900])
     some = score < 500
-    assert not score_evidence(score, wrong, some, 2.0)[~some].any()
+    assert not ScoreBins(score, some).evidence(wrong, 2.0)[~some].any()
+    few = torch.arange(len(score)) < 99  # too few to measure anything
+    assert not ScoreBins(score, few).evidence(wrong, 2.0).any()
 
 
 def test_otsu_parts_two_groups_where_they_part():

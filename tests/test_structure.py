@@ -16,6 +16,7 @@ LAYERS = [  # a module may import from layers below its own, never from above
     {"reference"},
     {"_library"},
     {"ops"},
+    {"distributed"},
     {"augment", "embedding", "io", "progress", "runtime", "weights"},
     {"optim", "correction", "data", "models"},
     {"checkpoint", "config", "contrast", "forward", "loader", "metrics"},

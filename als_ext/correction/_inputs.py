@@ -41,8 +41,8 @@ def _tensor(name: str, value: object, dims: int) -> Tensor:
         raise TypeError(f"{name}: expected numbers, got dtype {value.dtype} ({error})") from error
 
 
-def read_embeddings(value: object) -> Tensor:
-    """Embeddings [n, D] as float32; a memory map is read block by block."""
+def read_embeddings(value: object, *, least: int = 2) -> Tensor:
+    """Embeddings [n, D] as float32, n >= least; a memory map is read block by block."""
     name, allowed = "embeddings", "expected dtype float16, bfloat16, float32 or float64"
     if isinstance(value, np.ndarray) and value.ndim == 2:
         if value.dtype not in (np.float16, np.float32, np.float64):
@@ -56,9 +56,9 @@ def read_embeddings(value: object) -> Tensor:
             raise TypeError(f"{name}: {allowed}, got {tensor.dtype}")
         require_device(tensor, name)
         out = tensor.to(torch.float32).contiguous()
-    if out.shape[0] < 2 or out.shape[1] < 1:
+    if out.shape[0] < least or out.shape[1] < 1:
         raise ValueError(
-            f"{name}: expected at least 2 rows and 1 column (a sample needs a neighbour), "
+            f"{name}: expected at least {least} rows and 1 column (a sample needs a neighbour), "
             f"got shape {list(out.shape)}"
         )
     for rows in _blocks(out.shape):
@@ -70,17 +70,22 @@ def read_embeddings(value: object) -> Tensor:
 
 
 def read_labels(
-    value: object, num_classes: int | None, device: torch.device, *, name: str = "labels"
+    value: object,
+    num_classes: int | None,
+    device: torch.device,
+    *,
+    least: int = 1,
+    name: str = "labels",
 ) -> tuple[Tensor, int]:
-    """Labels [n] as int64 (a copy) and the number of classes."""
+    """Labels [n] as int64 (a copy), n >= least, and the number of classes; 0 without any label."""
     tensor = _tensor(name, value, 1)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
-    if tensor.numel() == 0:
+    if tensor.numel() < least:
         raise ValueError(f"{name}: expected at least one label, got none")
     labels = tensor.to(device=device, dtype=torch.int64, copy=True)
     if num_classes is None:
-        num_classes = int(labels.max()) + 1
+        num_classes = int(labels.max()) + 1 if labels.numel() else 0
     else:
         check_int("num_classes", num_classes, low=1)
     wrong = (labels < 0) | (labels >= num_classes)

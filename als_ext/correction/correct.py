@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,9 +20,14 @@ from als_ext.correction._inputs import (
 from als_ext.correction.config import CorrectionConfig, neighbourhoods, neighbours_that_vote
 from als_ext.correction.graph import Graph
 from als_ext.correction.result import ArrayT, CorrectionResult
+from als_ext.correction.rows import HERE, Rows, SpreadRows
 from als_ext.correction.survival import surviving_labels
-from als_ext.correction.suspects import noise_channel, score_evidence, score_threshold
+from als_ext.correction.suspects import ScoreBins, noise_channel, score_threshold
 from als_ext.correction.votes import bayes_vote, plain_vote
+from als_ext.distributed.processes import Facts, Processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def correct_labels(
@@ -38,6 +46,7 @@ def correct_labels(
     vote_smoothing: float = 1e-3,
     score_limit: float = 0.0,
     precision: str = "exact",
+    group: ProcessGroup | None = None,
 ) -> CorrectionResult[ArrayT]:
     r"""Find wrong labels and replace them by what the nearest neighbours say. No training.
 
@@ -72,22 +81,27 @@ def correct_labels(
         vote_smoothing: a above, in (0, 1]: neighbours never speak for a label by more than 1 : a.
         score_limit: upper bound of l above, >= 0 nats; see :class:`CorrectionConfig`.
         precision: "exact" or "fast", see :func:`als_ext.ops.knn`.
+        group: processes that have the rows between them, in their order, each its own; all of them
+            have to call this. Any number of rows, 0 included. None: all rows are here.
 
     Returns:
         A :class:`CorrectionResult`, its arrays in the library (and on the device) of
-        ``embeddings``.
+        ``embeddings``. With a group it is about the rows here, and the same as of one process;
+        ``neighbours`` counts over all rows.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: shapes that do not fit, labels or k out of range, NaN or inf (named by row),
-            scores missing where ``suspects`` needs them, no voter left.
+            scores missing where ``suspects`` needs them, no voter left. What is wrong in one
+            process of a group is an error in all, as are settings that differ.
+        RuntimeError: a process of the group is gone.
 
     Note:
         No gradient. The same input gives the same result to the bit. Labels that are all moved in
         one way in half of the cases or more (pair noise above 50 %) cannot be told from right
         ones. Memory: the embeddings in float32, 12 n max(k, 50) bytes for the neighbours, up to
         156 n for the guesses of all rates, and about 200 MB where n times the classes exceeds four
-        million; never n x n.
+        million; never n x n. docs/scale.md has memory and traffic of a group.
 
     Example:
         >>> import torch
@@ -101,35 +115,92 @@ def correct_labels(
         >>> bool((result.new_label == truth).all()), result.summary()["changed"]
         (True, 40)
     """
-    config = CorrectionConfig(
-        k=k,
-        suspects=suspects if isinstance(suspects, (str, float, int)) else "auto",
-        voters=voters if isinstance(voters, str) else "trusted",
-        metric=metric,
-        min_share=min_share,
-        min_margin=min_margin,
-        rounds=rounds,
-        vote_smoothing=vote_smoothing,
-        score_limit=score_limit,
-        precision=precision,
-    )
-    x = read_embeddings(embeddings)
-    n, device = x.shape[0], x.device
-    given, classes = read_labels(labels, num_classes, device)
-    check_length("labels", given, n)
+
+    def read() -> _Inputs:
+        config = CorrectionConfig(
+            k=k,
+            suspects=suspects if isinstance(suspects, (str, float, int)) else "auto",
+            voters=voters if isinstance(voters, str) else "trusted",
+            metric=metric,
+            min_share=min_share,
+            min_margin=min_margin,
+            rounds=rounds,
+            vote_smoothing=vote_smoothing,
+            score_limit=score_limit,
+            precision=precision,
+        )
+        least = 2 if group is None else 0
+        x = read_embeddings(embeddings, least=least)
+        n, device = x.shape[0], x.device
+        given, classes = read_labels(labels, num_classes, device, least=min(least, 1))
+        check_length("labels", given, n)
+        return _Inputs(
+            config,
+            x,
+            given,
+            None if scores is None else read_scores(scores, n, device),
+            classes,
+            None
+            if isinstance(suspects, (str, float, int))
+            else read_mask("suspects", suspects, n, device),
+            None if isinstance(voters, str) else read_mask("voters", voters, n, device),
+        )
+
+    if group is None:
+        inputs, rows = read(), HERE
+    else:
+        inputs, rows = _read_together(Processes(group), read, num_classes)
     result = correct(
-        x,
-        given,
-        given,
-        None if scores is None else read_scores(scores, n, device),
-        classes,
-        config,
-        suspect_mask=None
-        if isinstance(suspects, (str, float, int))
-        else read_mask("suspects", suspects, n, device),
-        voter_mask=None if isinstance(voters, str) else read_mask("voters", voters, n, device),
+        inputs.x,
+        inputs.given,
+        inputs.given,
+        inputs.score,
+        inputs.classes,
+        inputs.config,
+        suspect_mask=inputs.suspects,
+        voter_mask=inputs.voters,
+        rows=rows,
     )
     return result.numpy() if isinstance(embeddings, np.ndarray) else result
+
+
+class _Inputs(NamedTuple):
+    """Checked arguments."""
+
+    config: CorrectionConfig
+    x: Tensor
+    given: Tensor
+    score: Tensor | None
+    classes: int
+    suspects: Tensor | None
+    voters: Tensor | None
+
+
+def _read_together(
+    processes: Processes,
+    read: Callable[[], _Inputs],
+    num_classes: int | None,
+) -> tuple[_Inputs, Rows]:
+    """Arguments of this process, checked in all; the classes are those of all labels."""
+    found: list[_Inputs] = []
+
+    def check() -> tuple[Facts, Facts]:
+        own = read()
+        found.append(own)
+        settings = {"columns of embeddings": own.x.shape[1], "settings": own.config}
+        settings["num_classes"] = num_classes
+        for name in ("score", "suspects", "voters"):
+            settings[f"{name} given"] = getattr(own, name) is not None
+        return settings, {"rows": len(own.x), "classes": own.classes}
+
+    facts = processes.agree(check)
+    rows = [fact["rows"] for fact in facts]
+    if sum(rows) < 2:
+        raise ValueError(
+            f"embeddings: expected at least 2 rows over all processes, got {sum(rows)}"
+        )
+    classes = max(fact["classes"] for fact in facts)
+    return found[0]._replace(classes=classes), SpreadRows(processes, rows)
 
 
 def correct(
@@ -143,6 +214,7 @@ def correct(
     suspect_mask: Tensor | None = None,
     voter_mask: Tensor | None = None,
     guess: Tensor | None = None,
+    rows: Rows = HERE,
 ) -> CorrectionResult[Tensor]:
     """The procedure on checked tensors. Every decision is about ``given``, never ``current``.
 
@@ -156,40 +228,38 @@ def correct(
             raise ValueError(
                 f"scores: expected one number a row (suspects={config.suspects!r}), got None"
             )
-        threshold = score_threshold(score, config.suspects)
+        threshold = score_threshold(rows.everywhere(score), config.suspects)
         suspect = score >= threshold
-    n = len(given)
+    _, n = rows.span(len(given))
     k = neighbours_that_vote(config.k, n, num_classes)
     region, spread = neighbourhoods(config.region, config.spread, n, num_classes)
     widest = k if suspect is not None else max(k, region, *spread)
-    graph = Graph(x, widest, config.metric, config.precision)
+    graph = Graph(x, widest, config.metric, config.precision, rows)
     survival = None
     if suspect is not None:
-        voter = _voters(given, suspect, config.voters, voter_mask)
+        voter = _voters(given, suspect, config.voters, voter_mask, rows)
         vote = plain_vote(graph, voter, given, num_classes, k, config.vote_smoothing)
         contradicted = (vote.winner != given) & (vote.winner >= 0)
         accept = suspect & contradicted
     else:
         everyone = torch.zeros_like(given, dtype=torch.bool)
-        voter = _voters(given, everyone, config.voters, voter_mask)
+        voter = _voters(given, everyone, config.voters, voter_mask, rows)
         if guess is None:
             label, survival = surviving_labels(graph, voter, num_classes, region, spread)
         else:
-            label, survival = guess, float((guess == given).double().mean())
+            label, survival = guess, int(rows.sum((guess == given).sum())) / n
+        bins = None if score is None else ScoreBins(score, current == given, rows)
         for _ in range(config.rounds):
-            heard = None
-            if score is not None:
-                heard = score_evidence(score, label != given, current == given, config.score_limit)
             voting = label.masked_fill(voter < 0, -1)
             sure = graph.unanimous(label, voting, k)
             vote = bayes_vote(
                 graph,
                 voting,
                 given,
-                noise_channel(label, given, num_classes, sure),
+                noise_channel(label, given, num_classes, sure, rows),
                 k,
                 config.vote_smoothing,
-                heard,
+                None if bins is None else bins.evidence(label != given, config.score_limit),
             )
             label = torch.where(vote.winner < 0, given, vote.winner)
         accept = suspect = label != given
@@ -213,11 +283,11 @@ def correct(
     )
 
 
-def _voters(given: Tensor, suspect: Tensor, voters: str, mask: Tensor | None) -> Tensor:
+def _voters(given: Tensor, suspect: Tensor, voters: str, mask: Tensor | None, rows: Rows) -> Tensor:
     """Labels of those who vote, -1 for the others."""
     if mask is None and voters == "all":
         return given
     allowed = ~suspect if mask is None else mask
-    if not allowed.any():
+    if int(rows.sum(allowed.sum())) == 0:
         raise ValueError("voters: expected at least one sample that may vote, got none")
     return given.masked_fill(~allowed, -1)

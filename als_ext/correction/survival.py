@@ -39,6 +39,7 @@ _FAVOUR = 0.17
 _FOLDS = 5
 _ROUNDS = 3  # of choosing the rate, then the averagings
 _BLOCK = 1 << 22  # numbers [n, classes] in one go
+_FINE = 1 << 24  # steps of a log-likelihood in a nat; the sum of 10^9 rows stays below 2^63
 
 
 def surviving_labels(
@@ -105,15 +106,15 @@ def _enough_hops(counts: _Regions, spread: tuple[int, ...], rate: float) -> tupl
     guesses = counts.labels_by_hop(rate, spread)
     if len(spread) == 1:
         return 1, guesses[0]
-    found = [0] * len(spread)
     voter = counts.voter
-    generator = torch.Generator().manual_seed(0)
-    fold = torch.randint(_FOLDS, (len(voter),), generator=generator).to(voter.device)
+    found = torch.zeros(len(spread), dtype=torch.int64, device=voter.device)
+    fold = counts.folds()
     for number in range(_FOLDS):
         hidden = (fold == number) & (voter >= 0)
         for hop, label in enumerate(counts.without(hidden).labels_by_hop(rate, spread)):
-            found[hop] += int((label == voter)[hidden].sum())
-    merit = [n * counts.alike(label) for n, label in zip(found, guesses, strict=True)]
+            found[hop] += (label == voter)[hidden].sum()
+    total = counts.sum(found).tolist()
+    merit = [n * counts.alike(label) for n, label in zip(total, guesses, strict=True)]
     best = max(range(len(spread)), key=merit.__getitem__)
     return best + 1, guesses[best]
 
@@ -125,7 +126,7 @@ class _Regions:
         n = len(graph)
         self._graph, self.voter, self._num_classes = graph, voter, num_classes
         self._region = region
-        width = max(1, _BLOCK // n)  # classes at a time
+        width = max(1, _BLOCK // graph.size)  # classes at a time, the same in all processes
         self._blocks = [
             torch.arange(start, min(start + width, num_classes), device=voter.device)
             for start in range(0, num_classes, width)
@@ -149,7 +150,7 @@ class _Regions:
             for likeliest, rate in zip(best, rates, strict=True):
                 *_, mean = self._means(count, rate, spread)
                 likeliest.see(block, mean)
-        return [(likeliest.label, float(likeliest.value.double().mean())) for likeliest in best]
+        return [(likeliest.label, self._mean(likeliest.value)) for likeliest in best]
 
     def labels_by_hop(self, rate: float, spread: tuple[int, ...]) -> list[Tensor]:
         """The likeliest class of every row after each of the averagings."""
@@ -175,6 +176,22 @@ class _Regions:
         log -= _log_rising(_SPARSITY * (self._num_classes - 1), others)
         return (log / self._size.clamp_min(1.0)).float()
 
+    def _mean(self, value: Tensor) -> float:
+        """Mean over all rows, in fixed point: the same in any order, so for any shards."""
+        steps = (value.double() * _FINE).round_().to(torch.int64).sum()
+        return int(self.sum(steps)) / (_FINE * self._graph.size)
+
+    def sum(self, count: Tensor) -> Tensor:
+        """The sum over all rows, from that over the rows here."""
+        return self._graph.rows.sum(count)
+
+    def folds(self) -> Tensor:
+        """Which fold each row is in, uint8 [n]; drawn for all rows, wherever they are."""
+        generator = torch.Generator().manual_seed(0)
+        fold = torch.randint(_FOLDS, (self._graph.size,), generator=generator, dtype=torch.uint8)
+        first = self._graph.first
+        return fold[first : first + len(self._graph)].to(self.voter.device)
+
     def without(self, hidden: Tensor) -> _Regions:
         """The counts without the labels of these rows, bool [n]."""
         seen = self.voter.masked_fill(hidden, -1)
@@ -187,7 +204,9 @@ class _Regions:
     def kept(self, label: Tensor) -> float:
         """Share of the given labels that agree with ``label``, within the rates tried."""
         counted = self.voter >= 0
-        share = int((label == self.voter)[counted].sum()) / max(1, int(counted.sum()))
+        both = torch.stack([(label == self.voter)[counted].sum(), counted.sum()])
+        agreeing, all_counted = self.sum(both).tolist()
+        share = int(agreeing) / max(1, int(all_counted))
         return min(max(share, RATES[0]), RATES[-1])
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from als_ext.correction.rows import HERE, Rows
+
 _ENOUGH = 100  # samples, to estimate a row of the channel by
 _BINS = 50
 _SAMPLES_PER_BIN = 100  # fewer, and the measured rate of a bin is mostly chance
 
 
 def noise_channel(
-    label: Tensor, given: Tensor, num_classes: int, sure: Tensor | None = None
+    label: Tensor,
+    given: Tensor,
+    num_classes: int,
+    sure: Tensor | None = None,
+    rows: Rows = HERE,
 ) -> Tensor:
     """Estimate P(given label = column | true label = row), ``label`` standing for the truth.
 
@@ -23,7 +29,8 @@ def noise_channel(
 
     def confusion(label: Tensor, given: Tensor) -> Tensor:
         cell = label * num_classes + given
-        return torch.bincount(cell, minlength=num_classes**2).view(num_classes, num_classes)
+        count = rows.sum(torch.bincount(cell, minlength=num_classes**2))
+        return count.view(num_classes, num_classes)
 
     count = confusion(label, given)
     if sure is not None:
@@ -33,36 +40,51 @@ def noise_channel(
     return smooth / smooth.sum(dim=1, keepdim=True)
 
 
-def score_evidence(score: Tensor, disagrees: Tensor, applies: Tensor, limit: float) -> Tensor:
-    """Log-likelihood ratio (nats, float64, <= limit) of "the label is wrong" given the score.
+class ScoreBins:
+    """What a score is worth as evidence against a label: measured, not assumed.
 
-    What a score is worth is measured, not assumed: in bins of equal counts, the rate at which the
-    neighbours contradict the label, against the rate of all. With limit 0 a score can only vouch
-    for a label, never condemn it: a high loss also marks hard samples, which neighbours get wrong
-    too.
+    In bins of equal counts, the rate at which the neighbours contradict the label, against the rate
+    of all. With limit 0 a score can only vouch for a label, never condemn it: a high loss also
+    marks hard samples, which neighbours get wrong too.
 
     Args:
         score: [n] float64, finite; the higher, the more suspect. Only its order counts.
-        disagrees: [n] bool, whether the vote contradicts the label.
-        applies: [n] bool, samples whose score belongs to the label in question; 0 elsewhere.
-        limit: upper bound of the result, >= 0.
+        applies: [n] bool, samples whose score belongs to the label in question.
+        rows: where the rows are.
     """
-    out = torch.zeros_like(score)
-    values = score[applies]
-    n = values.numel()
-    bins = min(_BINS, n // _SAMPLES_PER_BIN)
-    if bins < 2:
+
+    def __init__(self, score: Tensor, applies: Tensor, rows: Rows = HERE) -> None:
+        ordered = rows.everywhere(score)[rows.everywhere(applies)].sort().values
+        self._n = n = ordered.numel()
+        self._bins = bins = max(1, min(_BINS, n // _SAMPLES_PER_BIN))
+        self._applies, self._rows = applies, rows
+        edge = ordered[torch.arange(1, bins, device=score.device) * n // bins]
+        # Equal scores share a bin.
+        self._which = torch.searchsorted(edge, score[applies], right=True)
+
+    def evidence(self, disagrees: Tensor, limit: float) -> Tensor:
+        """Log-likelihood ratio (nats, float64) of "the label is wrong" given the score.
+
+        Args:
+            disagrees: [n] bool, whether the vote contradicts the label.
+            limit: upper bound of the result, >= 0.
+
+        Returns:
+            [n]; 0 where the score does not apply, and everywhere if there are too few.
+        """
+        out = torch.zeros_like(disagrees, dtype=torch.float64)
+        if self._bins < 2:
+            return out
+        total = self._count(self._which)
+        count = self._count(self._which[disagrees[self._applies]])
+        base = (count.sum() / self._n).clamp(1.0 / self._n, 1.0 - 1.0 / self._n)
+        rate = (count + base) / (total + 1.0)  # an empty bin says nothing
+        ratio = (rate.logit() - base.logit()).clamp_max(limit)
+        out[self._applies] = ratio[self._which]
         return out
-    edge = values.sort().values[torch.arange(1, bins, device=score.device) * n // bins]
-    which = torch.searchsorted(edge, values, right=True)  # equal scores share a bin
-    wrong = disagrees[applies]
-    total = torch.bincount(which, minlength=bins).double()
-    count = torch.bincount(which[wrong], minlength=bins).double()
-    base = (wrong.double().mean()).clamp(1.0 / n, 1.0 - 1.0 / n)
-    rate = (count + base) / (total + 1.0)  # an empty bin says nothing
-    ratio = (rate.logit() - base.logit()).clamp_max(limit)
-    out[applies] = ratio[which]
-    return out
+
+    def _count(self, which: Tensor) -> Tensor:
+        return self._rows.sum(torch.bincount(which, minlength=self._bins)).double()
 
 
 def score_threshold(score: Tensor, suspects: str | float) -> float:

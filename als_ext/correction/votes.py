@@ -45,8 +45,7 @@ def bayes_vote(
     seen = channel.log().T.contiguous()  # [given, true]
     winner = torch.empty_like(given)
     share, margin, odds = (torch.empty_like(given, dtype=torch.float32) for _ in range(3))
-    for rows in graph.blocks(max(k, num_classes)):
-        count = graph.votes(rows, voter, num_classes, k)
+    for rows, count in graph.votes(voter, num_classes, k):
         total = count.sum(dim=1, keepdim=True)
         shares = count.double() / total.clamp_min(1)
         own = given[rows, None]
@@ -70,7 +69,7 @@ def plain_vote(
     flat = torch.ones(num_classes, num_classes, dtype=torch.float64, device=given.device)
     vote = bayes_vote(graph, voter, given, flat, k, smoothing)
     voted = vote.winner >= 0
-    channel = noise_channel(vote.winner[voted], given[voted], num_classes)
+    channel = noise_channel(vote.winner[voted], given[voted], num_classes, rows=graph.rows)
     winner = vote.winner.clamp_min(0)
     ratio = channel[winner, given].log() - channel[given, given].log()
     odds = (vote.log_odds + ratio).masked_fill(~voted | (winner == given), 0.0).float()

@@ -86,6 +86,15 @@ def knn(
         >>> index[0].tolist(), distance[0].tolist()
         ([2, 3], [1.0, 1.0])
     """
+    rows = check_rows(query, database, metric, exclude_self, precision)
+    check_k(k, rows - 1 if exclude_self else rows, query.device)
+    return search(query, database, k, metric, exclude_self, precision)
+
+
+def check_rows(
+    query: Tensor, database: Tensor, metric: str, exclude_self: bool, precision: str
+) -> int:
+    """Check all but k, and return the rows of database."""
     check_tensor("query", query, shape=("Q", "D"), dtypes=DTYPES)
     check_tensor("database", database, shape=("M", query.shape[1]), dtypes=[query.dtype])
     _check_place(query, database)
@@ -97,18 +106,28 @@ def knn(
             f"query: expected {rows} rows, those of database, with exclude_self, "
             f"got {query.shape[0]}"
         )
-    available = rows - 1 if exclude_self else rows
-    check_int("k", k, low=1)
-    if k > available:
-        raise ValueError(f"k: expected at most {available}, the rows available, got {k}")
-    if k > CUDA_MAX_K and query.device.type == "cuda":
-        raise ValueError(f"k: expected at most {CUDA_MAX_K} on CUDA, got {k}")
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
     if values_readable(query):
         _check_finite("query", query)
         if values_readable(database) and database is not query:
             _check_finite("database", database)
+    return rows
+
+
+def check_k(k: int, available: int, device: torch.device) -> None:
+    """Check k against the rows that a query may get."""
+    check_int("k", k, low=1)
+    if k > available:
+        raise ValueError(f"k: expected at most {available}, the rows available, got {k}")
+    if k > CUDA_MAX_K and device.type == "cuda":
+        raise ValueError(f"k: expected at most {CUDA_MAX_K} on CUDA, got {k}")
+
+
+def search(
+    query: Tensor, database: Tensor, k: int, metric: str, exclude_self: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`knn` without its checks."""
     distance, index = torch.ops.als_ext.knn.default(
         query.detach(),
         database.detach(),

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 from als_ext.ops._checks import check_choice, check_float
 from als_ext.ops.also_step import also_step_
 from als_ext.weights import SampleWeights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MODES = ("optimistic", "descent-ascent")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -116,6 +119,12 @@ class ALSO(Optimizer):
         loss_scale: factor of :math:`\pi_i` in the loss, > 0; None for n / batch size, with which
             uniform weights give the mean loss.
         weights_mode: ``mode`` of :class:`als_ext.SampleWeights`.
+        group: processes that split each batch and average their gradients, as
+            DistributedDataParallel does; all of them call :meth:`loss_weight` and :meth:`step` with
+            their own parts. Parameters and weights are then those of one process with the joint
+            batch.
+        batch_size: with a group: the most samples that a process has in a step, >= 1.
+        repeats: with a group: "once" or "add", see :class:`als_ext.SampleWeights`.
 
     Raises:
         TypeError: an argument, a parameter or a gradient of another type or dtype.
@@ -167,6 +176,9 @@ class ALSO(Optimizer):
         direction: str = "max",
         loss_scale: float | None = None,
         weights_mode: str = "auto",
+        group: ProcessGroup | None = None,
+        batch_size: int | None = None,
+        repeats: str = "once",
     ) -> None:
         check_choice("mode", mode, MODES)
         if loss_scale is not None:
@@ -193,6 +205,9 @@ class ALSO(Optimizer):
             direction=direction,
             mode=weights_mode,
             device=next((p.device for p in self._parameters()), None),
+            group=group,
+            batch_size=batch_size,
+            repeats=repeats,
         )
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -220,10 +235,17 @@ class ALSO(Optimizer):
 
         Returns:
             [B] float32, without gradient. With ``loss_scale=None`` uniform weights give 1 / B each,
-            so that the weighted sum of losses is their mean.
+            so that the weighted sum of losses is their mean. With a group B is the size of the
+            joint batch, repeats have weight 0, and all is times the number of processes, by which
+            the average of their gradients is divided.
         """
         half = self.mode == "optimistic"
         weight = self.weights.half_weight(index) if half else self.weights.weight(index)
+        if self.weights.joint is not None:
+            counted, total = self.weights.joint.count(index)
+            scale = self.loss_scale
+            factor = 1 / total if scale is None else scale / self.weights.n
+            return (weight * (counted * self.weights.joint.size * factor)).float()
         if self.loss_scale is None:
             return weight / max(index.numel(), 1)
         return weight * (self.loss_scale / self.weights.n)
