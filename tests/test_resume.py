@@ -154,15 +154,22 @@ def test_every_method_resumes_exactly(tmp_path, settings):
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-# 10 steps an epoch: without labels, right after the first correction, on views
-@pytest.mark.parametrize("step", [7, 20, 33])
+# 10 steps an epoch: without labels, right after the first correction and further on through the
+# channel, right after the second, on views
+@pytest.mark.parametrize("step", [7, 20, 27, 40, 53])
 def test_images_resume_exactly(tmp_path, step):
     def run(name):
         torch.manual_seed(0)
         model = SmallCNN((1, 12, 12), CLASSES)
         settings = {"pretrain": 2}
         config = TrainConfig(
-            epochs=3, batch_size=16, device="cpu", checkpoint_steps=4, settings=settings
+            epochs=4,
+            warmup=2,
+            period=2,
+            batch_size=16,
+            device="cpu",
+            checkpoint_steps=4,
+            settings=settings,
         )
         return Trainer(model, config, num_classes=CLASSES, out=tmp_path / name)
 

@@ -87,8 +87,8 @@ def test_scores_are_high_for_wrong_labels_and_start_again_after_a_relabel(monkey
     x, given, true = blobs()
     correct, seen = LabelCorrector.step, []
 
-    def watched(self, embeddings, scores, epoch):
-        result = correct(self, embeddings, scores, epoch)
+    def watched(self, embeddings, scores, epoch, guess):
+        result = correct(self, embeddings, scores, epoch, guess)
         seen.append((scores, result.changed, epoch))
         return result
 
@@ -325,9 +325,10 @@ def test_learning_rate_is_constant_in_the_warmup_then_a_half_cosine():
 
 def test_the_recipe_goes_by_size_and_shortens_its_warmup():
     large, small = TrainConfig.recommended(60_000), TrainConfig.recommended(1_438)
-    assert (large.epochs, large.batch_size, large.warmup, large.period) == (8, 128, 2, 2)
+    assert (large.epochs, large.batch_size, large.warmup, large.period) == (12, 128, 4, 4)
     assert (small.epochs, small.batch_size, small.warmup, small.period) == (20, 32, 4, 4)
     assert TrainConfig.recommended(60_000, epochs=3).warmup == 1
+    assert TrainConfig.recommended(60_000, epochs=8).warmup == 4
     assert TrainConfig.recommended(1_438, epochs=6).warmup == 3
     assert TrainConfig.recommended(1_438, epochs=6, warmup=5).warmup == 5
     assert TrainConfig.recommended(1_438, seed=7, lr=0.1).lr == 0.1
