@@ -20,7 +20,9 @@ def test_import_als_ext_imports_no_framework():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize(("module", "package"), [("transformers", "transformers")])
+@pytest.mark.parametrize(
+    ("module", "package"), [(name, name) for name in ("transformers", "lightning")]
+)
 def test_a_missing_package_names_the_extra(module, package):
     done = run(f"import sys; sys.modules['{package}'] = None; import als_ext.integrations.{module}")
     assert done.returncode == 1

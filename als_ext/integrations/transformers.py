@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from als_ext import CorrectionConfig
 from als_ext.checkpoint import load_checkpoint, save_checkpoint
 from als_ext.data import IndexedDataset
-from als_ext.integrations._relabel import Relabelling
+from als_ext.integrations._relabel import Relabelling, evaluating
 from als_ext.integrations.also import BatchALSO
 
 try:
@@ -313,10 +313,7 @@ class CorrectionCallback(TrainerCallback):
         embeddings = self._embeddings(model, train_dataloader.collate_fn)
         self._relabelling.correct(embeddings, own, epoch)
 
-    @torch.no_grad()
     def _embeddings(self, model: nn.Module, collate: Callable[[list[Item]], Item]) -> Tensor:
-        was_training = model.training
-        model.eval()
         device = next(model.parameters()).device
         loader = DataLoader(
             self._items,
@@ -325,10 +322,10 @@ class CorrectionCallback(TrainerCallback):
             generator=torch.Generator(),  # a DataLoader would draw from the global one
         )
         parts = []
-        for batch in loader:
-            inputs = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "index")}
-            parts.append(self._embed(model, inputs).float())
-        model.train(was_training)
+        with evaluating(model):
+            for batch in loader:
+                inputs = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "index")}
+                parts.append(self._embed(model, inputs).float())
         return torch.cat(parts)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
