@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 NEEDS = {  # optional packages; .ci/run installs them
+    "cleanlab_issues.py": "cleanlab",
     "hugging_face.py": "transformers",
     "lightning_module.py": "lightning",
 }
