@@ -56,8 +56,8 @@ def label_issues(
     Example:
         >>> import numpy as np, als_ext
         >>> from als_ext.integrations.cleanlab import label_issues
-        >>> truth = np.arange(90) % 3
-        >>> x = 6 * np.eye(3)[truth] + np.random.default_rng(0).standard_normal((90, 3))
+        >>> truth = np.arange(300) % 3
+        >>> x = 6 * np.eye(3)[truth] + np.random.default_rng(0).standard_normal((300, 3))
         >>> y = truth.copy()
         >>> y[4] = 0
         >>> table = label_issues(als_ext.correct_labels(x, y), class_names=["a", "b", "c"])
