@@ -312,6 +312,8 @@ def test_items_of_many_kinds():
         data[6]
     with pytest.raises(ValueError, match="label: expected an entry 'y' in item 0"):
         IndexedItems(items, label="y")
+    with pytest.raises(TypeError, match="labels: expected integer class labels, got <U3"):
+        IndexedItems([{"label": "cat"}])
     with pytest.raises(ValueError, match="expected 6 labels, got 5"):
         IndexedItems(items, labels=torch.zeros(5).long())
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from als_ext import CorrectionConfig
 from als_ext.checkpoint import load_checkpoint, save_checkpoint
-from als_ext.data import IndexedDataset
+from als_ext.integrations._items import IndexedItems, Item
 from als_ext.integrations._relabel import Relabelling, evaluating
 from als_ext.integrations.also import BatchALSO
 
@@ -29,52 +29,6 @@ except ImportError as error:
 __all__ = ["AlsoTrainer", "CorrectionCallback", "IndexedItems", "mean_of_tokens"]
 
 STATE = "als_ext.pt"  # in a checkpoint's folder
-Item = dict[str, Any]
-
-
-class IndexedItems(IndexedDataset):
-    """Items as the Trainer wants them, dicts, with two more entries: ``labels`` and ``index``.
-
-    Args:
-        source: map-style data set of dicts: a ``datasets.Dataset``, a list, a Dataset of torch.
-        label: the entry that holds the label; it is replaced by ``labels``.
-        labels: integer [n]; None reads them from the source, item by item unless it has columns.
-
-    Raises:
-        TypeError: labels that are not integers, a source that has no length.
-        ValueError: wrong length, negative label, an item without a label.
-
-    Example:
-        >>> data = IndexedItems([{"input_ids": [5, 6], "label": 1}, {"input_ids": [7], "label": 0}])
-        >>> data[1]
-        {'input_ids': [7], 'labels': 0, 'index': 1}
-    """
-
-    def __init__(self, source: Any, label: str = "label", labels: Any = None) -> None:
-        self.label = label
-        super().__init__(source, _column(source, label) if labels is None else labels)
-
-    def __getitem__(self, index: int) -> Item:  # type: ignore[override]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: expected at most {len(self) - 1}, got {index}")
-        index %= len(self)
-        item: Item = dict(self.source[index])
-        item.pop(self.label, None)
-        return {**item, "labels": int(self.labels[index]), "index": index}
-
-
-def _column(source: Any, label: str) -> Tensor:
-    columns = getattr(source, "column_names", None)
-    if columns is not None:
-        if label not in columns:
-            raise ValueError(f"label: expected one of the columns {columns}, got {label!r}")
-        return torch.as_tensor(source[label][:])
-    for index, item in enumerate(source):
-        if label not in item:
-            raise ValueError(
-                f"label: expected an entry {label!r} in item {index}, got {list(item)}"
-            )
-    return torch.as_tensor([item[label] for item in source])
 
 
 class AlsoTrainer(Trainer):
