@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 
+NEEDS = {  # optional packages; .ci/run installs them
+    "cleanlab_issues.py": "cleanlab",
+    "hugging_face.py": "transformers",
+    "lightning_module.py": "lightning",
+    "tables.py": "datasets",
+}
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -14,6 +20,9 @@ LAUNCHERS = {"distributed.py": TORCHRUN}
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(example, tmp_path):
+    if example.name in NEEDS:
+        package = NEEDS[example.name]
+        pytest.importorskip(package, reason=f"needs the extra als_ext[{package}]")
     done = subprocess.run(
         [sys.executable, *LAUNCHERS.get(example.name, []), str(example)],
         cwd=tmp_path,
