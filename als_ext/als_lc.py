@@ -156,7 +156,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
         else:
             result = self.corrector.step(self._without_labels(), None, epoch)
             self._channel = LocalChannel(result, self.corrector.original.to(self.task.device))
-        return Relabels(result.new_label, result.suspect, result.share, result.margin)
+        return Relabels(
+            result.new_label, result.suspect, result.share, result.margin, result.neighbours
+        )
 
     def _without_labels(self) -> Tensor:
         """What was learned beside the pixels: cosines of this are a weighted mean of both's."""

@@ -28,6 +28,7 @@ class RunData:
         true_labels: int64 [n]; None for a user's own data whose labels are the given ones.
         test: standardised samples and their labels; None without any.
         num_classes: number of classes.
+        class_names: one name for each class.
         noise: how the labels became wrong.
         noise_rate: realised share of wrong labels; None where the true ones are unknown.
         source_index: int64 [n], row of the source of each sample.
@@ -39,6 +40,7 @@ class RunData:
     true_labels: Tensor | None
     test: tuple[Tensor, Tensor] | None
     num_classes: int
+    class_names: tuple[str, ...]
     noise: str
     noise_rate: float | None
     source_index: Tensor
@@ -91,6 +93,7 @@ def load_run_data(settings: dict[str, Any]) -> RunData:
         true_labels=true,
         test=(x_test, data.y_test) if data.has_test else None,
         num_classes=data.num_classes,
+        class_names=data.class_names,
         noise=noise,
         noise_rate=None if true is None else int((given != true).sum()) / len(given),
         source_index=data.train_index,

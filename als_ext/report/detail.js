@@ -1,0 +1,123 @@
+// Samples as pictures or numbers, and the panel about one relabel.
+const pictures = page.pictures;
+const tileOf = new Map(); // position of a sample -> its place among the embedded ones
+const sheets = [];
+let numbers = null;
+if (pictures.kind !== "none") unpack(pictures.rows).forEach((row, i) => tileOf.set(row, i));
+if (pictures.kind === "rows") numbers = unpack(pictures.values);
+if (pictures.kind === "images") {
+  for (const sheet of pictures.sheets) {
+    const [head, data] = sheet.split(",");
+    const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+    const type = head.slice("data:".length, head.indexOf(";"));
+    sheets.push(URL.createObjectURL(new Blob([bytes], { type })));
+  }
+}
+
+// The picture of a sample, its longer side `side` CSS pixels; null where it is not embedded.
+function picture(row, side) {
+  const tile = tileOf.get(row);
+  if (tile === undefined || pictures.kind !== "images") return null;
+  const [width, height] = pictures.size;
+  const [across, down] = pictures.pitch;
+  const scale = side / Math.max(width, height);
+  const place = tile % pictures.perSheet;
+  const sheetTiles = pictures.perRow;
+  const x = (place % sheetTiles) * across * scale;
+  const y = Math.floor(place / sheetTiles) * down * scale;
+  const made = element("span", { className: "picture", role: "img", "aria-label": `sample ${row}` });
+  made.classList.toggle("pixels", scale >= 2);
+  made.style.width = `${width * scale}px`;
+  made.style.height = `${height * scale}px`;
+  made.style.backgroundImage = `url(${sheets[Math.floor(tile / pictures.perSheet)]})`;
+  made.style.backgroundPosition = `${-x}px ${-y}px`;
+  made.style.backgroundSize = `${sheetTiles * across * scale}px auto`;
+  return made;
+}
+
+function valuesOf(row) {
+  const tile = tileOf.get(row);
+  if (tile === undefined || !numbers) return null;
+  return numbers.subarray(tile * pictures.features, (tile + 1) * pictures.features);
+}
+
+const percent = (value) => `${(100 * value).toFixed(1)} %`;
+const fixed = (value) => value.toFixed(3);
+
+// What is known about a relabel: [heading, text].
+function facts(i) {
+  const found = [];
+  if (page.files.length) found.push(["File", page.files[i]]);
+  found.push(["Row", `${sourceRow(i)}`]);
+  if (column.share) found.push(["Share of votes", percent(column.share[i])]);
+  if (column.margin) found.push(["Margin", percent(column.margin[i])]);
+  found.push(["Loss", `${fixed(column.loss[i])} nats`]);
+  if (column.log_pi) found.push(["log π", `${fixed(column.log_pi[i])} nats`]);
+  if (column.true) found.push(["True label", className(column.true[i])]);
+  return found;
+}
+
+function neighbourList(i) {
+  const list = element("ol", { className: "near" });
+  for (let k = i * page.near; k < (i + 1) * page.near; k++) {
+    const [row, old, now] = [column.near[k], column.near_old[k], column.near_new[k]];
+    const text = old === now ? className(old) : `${className(old)} → ${className(now)}`;
+    const item = element("li");
+    const shown = picture(row, 72);
+    if (shown) item.append(shown);
+    item.append(text);
+    list.append(item);
+  }
+  return list;
+}
+
+// Numbers of the sample beside those of its neighbours, a line each.
+function valueTable(i) {
+  const rows = [["sample", column.row[i]]];
+  for (let k = 0; k < page.near; k++) {
+    const at = i * page.near + k;
+    rows.push([`${k + 1}. ${className(column.near_new[at])}`, column.near[at]]);
+  }
+  const head = element("tr", {}, element("td"));
+  for (let f = 0; f < pictures.features; f++) head.append(element("th", { text: f, scope: "col" }));
+  const body = element("tbody");
+  for (const [name, row] of rows) {
+    const values = valuesOf(row);
+    if (!values) continue;
+    const line = element("tr", {}, element("th", { text: name, scope: "row" }));
+    for (const value of values) line.append(element("td", { text: Number(value.toPrecision(4)) }));
+    body.append(line);
+  }
+  const table = element("table", { className: "values" }, element("thead", {}, head), body);
+  const label = "Numbers of the sample and its neighbours";
+  return element("div", { className: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
+}
+
+// Fills the panel; `act` is called with the decision of its buttons.
+function showDetail(i, act) {
+  const panel = byId("detail");
+  if (i === undefined) {
+    panel.replaceChildren();
+    return;
+  }
+  const change = element("p", { className: "change" }, className(column.old[i]), " → ",
+    element("strong", { text: className(column.new[i]) }));
+  const list = element("dl");
+  for (const [name, text] of facts(i)) {
+    list.append(element("dt", { text: name }), element("dd", { text }));
+  }
+  const state = WORDS[decisions[i]];
+  list.append(element("dt", { text: "Decision" }), element("dd", { className: state, text: state }));
+  const buttons = element("div", { className: "buttons" });
+  for (const [text, decision] of [["Accept", ACCEPTED], ["Reject", REJECTED], ["Reopen", OPEN]]) {
+    const button = element("button", { type: "button", text, "aria-pressed": decisions[i] === decision });
+    button.addEventListener("click", () => act(decision));
+    buttons.append(button);
+  }
+  const parts = [element("h3", { text: nameOf(i) }), change, list, buttons];
+  const large = picture(column.row[i], 168);
+  if (large) parts.splice(1, 0, large);
+  if (page.near) parts.push(element("h4", { text: "Nearest neighbours" }), neighbourList(i));
+  if (numbers && tileOf.has(column.row[i])) parts.push(valueTable(i));
+  panel.replaceChildren(...parts);
+}
