@@ -68,6 +68,8 @@ class AlsLc(Correcting, Also, name="als-lc"):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
+        if task.kept is not None:  # a later correction takes them for labels that were given
+            self.corrector.undo(task.kept, pin=True)
         wanted: int | None = self.settings.pretrain
         if wanted and not task.images:
             raise ValueError(

@@ -49,6 +49,8 @@ class Task:
         clean_index: int64 [m] on ``device``, where these samples are in the training set; None
             where nobody said.
         images: whether the samples are a tensor of images [n, C, H, W], H and W >= 12.
+        kept: int64 [m] on the device of ``labels``, samples whose labels no correction may change;
+            None where there are none.
         augment: makes the views to train on; None where the samples themselves are trained on.
     """
 
@@ -61,6 +63,7 @@ class Task:
     clean: tuple[Tensor, Tensor] | None = None
     clean_index: Tensor | None = None
     images: bool = False
+    kept: Tensor | None = None
     augment: RandomShift | RandomAffine | None = None
 
     def embeddings(self) -> Tensor:
@@ -270,7 +273,9 @@ class Relabels(NamedTuple):
     suspect: Tensor  # bool [n], whether the label was in question
     share: Tensor  # float32 [n], votes for the winner
     margin: Tensor  # float32 [n], its lead
-    neighbours: Tensor | None = None  # int64 [n, k], nearest first, where somebody wants to see them
+    neighbours: Tensor | None = (
+        None  # int64 [n, k], nearest first, where somebody wants to see them
+    )
 
 
 _SHOWN = 8  # neighbours of a suspect that are kept for people to look at
@@ -319,9 +324,12 @@ class Correcting(Method):
         if self._converged or not self.due(epoch):
             return {}
         stop_share = self.task.config.correction.stop_share
-        labels = self.task.labels
+        labels, kept = self.task.labels, self.task.kept
         label, suspect, share, margin, neighbours = self.relabels(epoch)
-        changed = (label.to(labels.device) != labels).nonzero()[:, 0]
+        label = label.to(labels.device, copy=True)
+        if kept is not None:
+            label[kept] = labels[kept]
+        changed = (label != labels).nonzero()[:, 0]
         labels.copy_(label)
         self.relabelled(changed.to(self.task.device))
         self._converged = len(changed) / len(labels) < stop_share

@@ -135,6 +135,7 @@ class Trainer:
         true_labels: Tensor | None = None,
         plain: Dataset[Any] | None = None,
         clean: tuple[Tensor, ...] | None = None,
+        kept: Tensor | None = None,
         resume: bool = False,
     ) -> TrainResult:
         """Train for ``config.epochs`` epochs; more where the method says so.
@@ -151,6 +152,8 @@ class Trainer:
             clean: inputs [m, ...] and labels int64 [m] that are known to be right, for the methods
                 that need some; as a third element int64 [m], their positions in the training set,
                 for those that need to know which they are.
+            kept: int64 [m], positions of samples whose labels no correction may change, because a
+                person decided them.
             resume: go on from ``out/checkpoint.pt``; without that file start from the beginning.
 
         Returns:
@@ -162,7 +165,7 @@ class Trainer:
                 belongs to other data, settings or another model.
             RuntimeError: the training loss is not finite.
         """
-        self._set_up(data, labels, test, true_labels, plain, clean)
+        self._set_up(data, labels, test, true_labels, plain, clean, kept)
         saved = self._open(resume)
         self._epochs = self._method.epochs()
         total = self._epochs * len(self._batches)
@@ -207,6 +210,7 @@ class Trainer:
         true_labels: Tensor | None,
         plain: Dataset[Any] | None,
         clean: tuple[Tensor, ...] | None,
+        kept: Tensor | None,
     ) -> None:
         config, device = self.config, self.device
         source = IndexedDataset(data, labels)
@@ -240,6 +244,8 @@ class Trainer:
             test = (test[0], test_labels)
         self._test = test
         known, positions = self._check_clean(clean, n)
+        if kept is not None:
+            kept = as_labels(kept, num_classes=n, name="kept")
         images = isinstance(data, Tensor) and are_images(data)
         augment = config.augment
         if augment == "auto":
@@ -255,6 +261,7 @@ class Trainer:
                 clean=known,
                 clean_index=positions,
                 images=images,
+                kept=None if kept is None else kept.to(self._batches.labels.device),
                 augment=make_views(augment),
             )
         )
@@ -264,6 +271,8 @@ class Trainer:
         self._identity = {"samples": n, "labels sha256": labels_digest(self._given)}
         if known is not None:
             self._identity["clean labels sha256"] = labels_digest(known[1])
+        if kept is not None:
+            self._identity["kept sha256"] = labels_digest(kept)
 
     def _check_clean(
         self, clean: tuple[Tensor, ...] | None, n: int

@@ -21,7 +21,8 @@ def decide(
     decisions: Annotated[Path, typer.Argument(help="File that the report exported.")],
     out: Annotated[Path, typer.Option(help="Labels to write: npy, npz, csv or json.")],
     method: Annotated[
-        str | None, typer.Option(help="Which method of the run.", show_default="that of the decisions")
+        str | None,
+        typer.Option(help="Which method of the run.", show_default="that of the decisions"),
     ] = None,
     undecided: Annotated[
         str, typer.Option(help="accept or reject the relabels that nobody decided about.")
@@ -34,7 +35,8 @@ def decide(
     found = read_decisions(decisions)
     samples = read_run(run_dir, found.method if method is None else method).samples
     given, label = torch.from_numpy(samples.given), torch.from_numpy(samples.label)
-    labels = found.apply(given, label if undecided == "accept" else given)
+    base = label if undecided == "accept" else given
+    labels = found.apply(given, len(samples.class_names), base)
     write_labels(out, labels, overwrite=force)
     accepted = int(found.accepted.sum())
     counts = {

@@ -59,6 +59,13 @@ def run(
     labels: Annotated[
         Path | None, typer.Option(help="Labels to train on (json, csv, npy, npz), for --noise.")
     ] = None,
+    decisions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What was decided in the report about an earlier run, to keep it. Repeat it: one "
+            "after the other."
+        ),
+    ] = None,
     method: options.Methods = None,
     setting: options.Setting = None,
     clean_per_class: options.CleanPerClass = None,
@@ -93,6 +100,7 @@ def run(
         "data_dir": None if data_dir is None else str(data_dir.resolve()),
         "noise": noise,
         "labels": None if labels is None else str(labels.resolve()),
+        "decisions": None if decisions is None else [str(path.resolve()) for path in decisions],
         "method": names,
         "setting": setting,
         "clean_per_class": clean_per_class,
@@ -214,7 +222,9 @@ def _samples(done: TrainResult, data: RunData) -> RunSamples:
         "neighbours": done.neighbours,
         **{name: judged.get(name) for name in ("suspect", "share", "margin")},
     }
-    arrays = {name: None if value is None else value.numpy() for name, value in tensors.items()}
+    arrays: dict[str, Any] = {
+        name: None if value is None else value.numpy() for name, value in tensors.items()
+    }
     return RunSamples(class_names=data.class_names, files=data.files, **arrays)
 
 

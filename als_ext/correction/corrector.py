@@ -282,7 +282,7 @@ class LabelCorrector:
         Raises:
             ValueError: the decisions belong to other labels; nothing is changed then.
         """
-        decided = decisions.apply(self._original, self._labels)
+        decided = decisions.apply(self._original, self._num_classes, self._labels)
         at = (decided != self._labels).nonzero()[:, 0]
         self._set(at, decided[at], self._steps - 1)
         self._pinned[decisions.row.to(self._pinned.device)] = True

@@ -65,19 +65,21 @@ class Decisions:
         """int64 [m], the label that was decided for."""
         return torch.where(self.accepted, self.new, self.old)
 
-    def check(self, given: Tensor) -> None:
+    def check(self, given: Tensor, num_classes: int) -> None:
         """Refuse other labels than those that were judged.
 
         Args:
             given: int64 [n], labels as given, before any correction.
+            num_classes: number of classes.
 
         Raises:
-            ValueError: another number of labels, or other labels.
+            ValueError: another number of labels or classes, or other labels.
         """
-        if len(given) != self.samples:
+        asked, own = (len(given), num_classes), (self.samples, self.num_classes)
+        if asked != own:
             raise ValueError(
-                f"decisions: expected those about {len(given)} samples, got some about "
-                f"{self.samples}"
+                f"decisions: expected those about {asked[0]} samples of {asked[1]} classes, got "
+                f"some about {own[0]} of {own[1]}"
             )
         if labels_digest(given) != self.digest:
             raise ValueError(
@@ -85,11 +87,12 @@ class Decisions:
                 "(another noise, seed or data set?)"
             )
 
-    def apply(self, given: Tensor, base: Tensor | None = None) -> Tensor:
+    def apply(self, given: Tensor, num_classes: int, base: Tensor | None = None) -> Tensor:
         """Labels in which every decision holds.
 
         Args:
             given: int64 [n], the labels as given.
+            num_classes: number of classes.
             base: int64 [n], labels of the samples that nobody decided about; None: as given.
 
         Returns:
@@ -98,7 +101,7 @@ class Decisions:
         Raises:
             ValueError: the decisions belong to other labels.
         """
-        self.check(given)
+        self.check(given, num_classes)
         labels = (given if base is None else base).clone()
         labels[self.row.to(labels.device)] = self.label.to(labels.device)
         return labels
@@ -120,7 +123,7 @@ def read_decisions(path: str | os.PathLike[str]) -> Decisions:
         ...     "format": "als_ext decisions", "version": 1, "samples": 3, "num_classes": 2,
         ...     "labels_sha256": labels_digest(given),
         ...     "decisions": [{"row": 2, "old": 1, "new": 0, "decision": "accept"}]}))
-        >>> read_decisions(path).apply(given)
+        >>> read_decisions(path).apply(given, num_classes=2)
         tensor([0, 1, 0])
     """
     path = Path(path)

@@ -88,8 +88,8 @@ function valueTable(i) {
     for (const value of values) line.append(element("td", { text: Number(value.toPrecision(4)) }));
     body.append(line);
   }
-  const table = element("table", { className: "values" }, element("thead", {}, head), body);
   const label = "Numbers of the sample and its neighbours";
+  const table = element("table", { className: "values", "aria-label": label }, element("thead", {}, head), body);
   return element("div", { className: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
 }
 

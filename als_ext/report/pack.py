@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 _UNSIGNED = (("u1", 2**8), ("u2", 2**16), ("u4", 2**32))
@@ -21,13 +20,14 @@ def pack(values: NDArray[Any]) -> dict[str, str]:
         ValueError: an integer out of range.
 
     Example:
+        >>> import numpy as np
         >>> pack(np.array([1, 2]))
         {'type': 'u1', 'data': 'AQI='}
     """
     kind = "f4"
     if values.dtype.kind != "f":
         least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
-        fits = [name for name, limit in _UNSIGNED if 0 <= least and most < limit]
+        fits = [name for name, limit in _UNSIGNED if least >= 0 and most < limit]
         if not fits:
             raise ValueError(f"values: expected integers in [0, 2^32), got {least} to {most}")
         kind = fits[0]

@@ -135,7 +135,8 @@ def _neighbours(samples: RunSamples, changed: NDArray[np.int64]) -> NDArray[np.i
     if samples.neighbours is None or samples.suspect is None or not samples.suspect[changed].all():
         return None
     place = np.cumsum(samples.suspect) - 1
-    return samples.neighbours[place[changed]].astype(np.int64)
+    near: NDArray[np.int64] = samples.neighbours[place[changed]].astype(np.int64)
+    return near
 
 
 def _render(
@@ -229,7 +230,9 @@ def _curves(run: RunFolder) -> list[Markup]:
     charts = []
     for key, title in _CURVES.items():
         series = {
-            name: [(r["epoch"], r[key]) for r in records if r[key] is not None]
+            name: [
+                (at, value) for r in records if (at := r["epoch"]) and (value := r[key]) is not None
+            ]
             for name, records in run.histories.items()
         }
         series = {name: points for name, points in series.items() if points}
@@ -242,7 +245,11 @@ def _histograms(samples: RunSamples) -> list[Markup]:
     moved = samples.given != samples.label
     charts = []
     for values, title, x_name in (
-        (np.log10(samples.loss.clip(min=_LEAST)), "Loss of the samples", "log₁₀ of the loss in nats"),
+        (
+            np.log10(samples.loss.clip(min=_LEAST)),
+            "Loss of the samples",
+            "log₁₀ of the loss in nats",
+        ),
         (samples.log_pi, "Weight π of the samples", "log π, nats"),
         (samples.share, "Votes for the winner", "share of the votes"),
     ):

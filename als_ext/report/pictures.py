@@ -18,7 +18,7 @@ from als_ext.report.pack import pack
 from als_ext.report.run_folder import RunFolder
 
 _PER_ROW, _PER_SHEET = 32, 1024  # pictures
-_PITCH = 16  # JPEG's blocks: no picture shows a neighbour's colours
+_PITCH = 8  # JPEG's blocks, colours included: no picture shows those of the one beside it
 _QUALITY = 85
 
 
@@ -112,5 +112,5 @@ def _sheet(tiles: NDArray[np.uint8]) -> str:
     pixels = grid.reshape(lines * height, _PER_ROW * width, channels)
     file, kind = io.BytesIO(), "PNG" if channels == 1 else "JPEG"
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    image.save(file, kind, quality=_QUALITY, optimize=True)
+    image.save(file, kind, quality=_QUALITY, subsampling=0, optimize=True)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

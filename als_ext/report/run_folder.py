@@ -46,13 +46,14 @@ def read_run(path: Path, method: str | None = None) -> RunFolder:
         FileNotFoundError: not the folder of a run, or of one that is not finished.
         ValueError: a file is damaged, or the run has no such method.
     """
-    settings = _read_json(path / SETTINGS_FILE, "a folder of als-ext run --out").get("settings")
+    settings = _read_json(path / SETTINGS_FILE, "a folder of als-ext run --out")
     unfinished = f"a finished run; go on with: als-ext run --out {path} --resume"
     result = _read_json(path / RESULT_FILE, unfinished)
     try:
+        settings = dict(settings["settings"])
         names = [str(name) for name in settings["method"]]
         changed = [name for name in names if result[name]["relabelled"]]
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"run: {path / RESULT_FILE} does not fit {SETTINGS_FILE}") from error
     if method is None:
         method = (changed or names)[-1]

@@ -147,7 +147,7 @@ def read_samples(path: str | os.PathLike[str]) -> RunSamples:
             arrays = {name: archive[name] for name in archive.files}
         words = json.loads(arrays.pop("words").tobytes())
         names, files = (tuple(map(str, words[name])) for name in ("class_names", "files"))
-        found = {name: _widen(name, arrays.get(name)) for name in _KINDS}
+        found: dict[str, Any] = {name: _widen(name, arrays.get(name)) for name in _KINDS}
         return RunSamples(class_names=names, files=files, **found)
     except (ValueError, TypeError, KeyError, EOFError, OSError, AttributeError) as error:
         raise ValueError(f"samples: {path} is damaged or no file of a run ({error})") from error
@@ -159,4 +159,3 @@ def _widen(name: str, values: Array | None) -> Array | None:
     if values is None or values.dtype.kind != "u":
         return values
     return values.astype(np.int32 if name == "neighbours" else np.int64)
-
