@@ -1,9 +1,17 @@
-"""Folders of runs that nobody trained, for the tests of the report."""
+"""Folders of runs that nobody trained, for the tests of the report.
+
+``python tests/report_run.py DIR [RELABELS]`` writes reports about one, DIR/report-*.html, and says
+how large they are and how long that took.
+"""
 
 import json
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 
+from als_ext.report import write_report
 from als_ext.report.samples import RunSamples, write_samples
 
 SETTINGS = {"method": ["erm", "als-lc"], "data_dir": None}
@@ -85,3 +93,21 @@ def make_run(folder, x, y, relabels, names=None, *, neighbours=True, known=True,
     fields = {name: getattr(samples, name) for name in RunSamples.__dataclass_fields__}
     write_samples(folder / "erm" / "samples.npz", RunSamples(**{**fields, **plain}))
     return samples
+
+
+def main(folder, relabels=100_000):
+    x, y = images(5 * relabels // 2, 10, side=28)
+    make_run(folder / "run", x, y, relabels)
+    for pictures in (0, 1000):
+        start = time.monotonic()
+        out = folder / f"report-{pictures}.html"
+        written = write_report(folder / "run", out, pictures=pictures)
+        seconds = time.monotonic() - start
+        size = written.size / 1e6
+        print(f"{relabels} relabels, {pictures} pictured: {size:.1f} MB, {seconds:.1f} s")
+    size = (folder / "run" / "als-lc" / "samples.npz").stat().st_size
+    print(f"samples.npz of {len(y)} samples: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

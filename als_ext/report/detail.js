@@ -57,31 +57,32 @@ function facts(i) {
   return found;
 }
 
+// The neighbours of a relabel: [position, label or given → new label], nearest first.
+function neighbours(i) {
+  const found = [];
+  for (let k = i * page.near; k < (i + 1) * page.near; k++) {
+    const [old, now] = [className(column.near_old[k]), className(column.near_new[k])];
+    const same = column.near_old[k] === column.near_new[k];
+    found.push([column.near[k], same ? now : `${old} → ${now}`]);
+  }
+  return found;
+}
+
 function neighbourList(i) {
   const list = element("ol", { className: "near" });
-  for (let k = i * page.near; k < (i + 1) * page.near; k++) {
-    const [row, old, now] = [column.near[k], column.near_old[k], column.near_new[k]];
-    const text = old === now ? className(old) : `${className(old)} → ${className(now)}`;
-    const item = element("li");
-    const shown = picture(row, 72);
-    if (shown) item.append(shown);
-    item.append(text);
-    list.append(item);
+  for (const [row, text] of neighbours(i)) {
+    list.append(element("li", {}, picture(row, 72) ?? "", text));
   }
   return list;
 }
 
 // Numbers of the sample beside those of its neighbours, a line each.
 function valueTable(i) {
-  const rows = [["sample", column.row[i]]];
-  for (let k = 0; k < page.near; k++) {
-    const at = i * page.near + k;
-    rows.push([`${k + 1}. ${className(column.near_new[at])}`, column.near[at]]);
-  }
+  const rows = [[column.row[i], "sample"], ...neighbours(i)];
   const head = element("tr", {}, element("td"));
   for (let f = 0; f < pictures.features; f++) head.append(element("th", { text: f, scope: "col" }));
   const body = element("tbody");
-  for (const [name, row] of rows) {
+  for (const [row, name] of rows) {
     const values = valuesOf(row);
     if (!values) continue;
     const line = element("tr", {}, element("th", { text: name, scope: "row" }));
@@ -110,14 +111,15 @@ function showDetail(i, act) {
   list.append(element("dt", { text: "Decision" }), element("dd", { className: state, text: state }));
   const buttons = element("div", { className: "buttons" });
   for (const [text, decision] of [["Accept", ACCEPTED], ["Reject", REJECTED], ["Reopen", OPEN]]) {
-    const button = element("button", { type: "button", text, "aria-pressed": decisions[i] === decision });
+    const button = element("button", { type: "button", text });
+    if (decision !== OPEN) button.ariaPressed = decisions[i] === decision;
     button.addEventListener("click", () => act(decision));
     buttons.append(button);
   }
-  const parts = [element("h3", { text: nameOf(i) }), change, list, buttons];
-  const large = picture(column.row[i], 168);
-  if (large) parts.splice(1, 0, large);
-  if (page.near) parts.push(element("h4", { text: "Nearest neighbours" }), neighbourList(i));
+  const large = element("div", { className: "large" }, picture(column.row[i], 150) ?? "", list);
+  const parts = [element("h3", { text: nameOf(i) }), change, large, buttons];
+  if (page.near) parts.push(element("h4", { text: "Nearest neighbours" }));
   if (numbers && tileOf.has(column.row[i])) parts.push(valueTable(i));
+  else if (page.near) parts.push(neighbourList(i));
   panel.replaceChildren(...parts);
 }

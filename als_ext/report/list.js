@@ -5,6 +5,7 @@ const ORDERS = {
   loss: ["highest loss first", -1], log_pi: ["highest π first", -1], row: ["by row", 1],
 };
 const COLUMNS = [
+  ["Row", (i) => [sourceRow(i)]],
   ["Decision", (i) => [WORDS[decisions[i]], `left ${WORDS[decisions[i]]}`]],
   ["Given", (i) => [className(column.old[i]), "left class"]],
   ["New", (i) => [className(column.new[i]), "left class"]],
@@ -13,7 +14,6 @@ const COLUMNS = [
   ["Loss", (i) => [fixed(column.loss[i])]],
   ["log π", (i) => [fixed(column.log_pi[i])], "log_pi"],
   ["True", (i) => [className(column.true[i]), "left class"], "true"],
-  ["Row", (i) => [sourceRow(i)]],
 ].filter(([, , needs]) => !needs || column[needs]);
 
 const form = byId("filters");
@@ -70,7 +70,7 @@ function render() {
   const from = pageOf(current) * PAGE;
   const rows = shown.slice(from, from + PAGE).map((i, k) => {
     const row = element("tr", { tabindex: from + k === current ? 0 : -1 });
-    row.append(element("td", {}, picture(column.row[i], 36) ?? ""));
+    if (sheets.length) row.append(element("td", {}, picture(column.row[i], 36) ?? ""));
     for (const [, cell] of COLUMNS) {
       const [text, className] = cell(i);
       const made = element("td", { text, className });
@@ -97,7 +97,7 @@ function mark() {
     row.tabIndex = here ? 0 : -1;
     row.ariaCurrent = here ? "true" : null;
   });
-  showDetail(shown[current], (decision) => act([shown[current]], decision, "detail"));
+  showDetail(shown[current], (decision) => act([shown[current]], decision));
 }
 
 function go(at, focus = true) {
@@ -110,12 +110,14 @@ function go(at, focus = true) {
 }
 
 // Decides and says so; from the panel the focus stays on the button that was pressed.
-function act(positions, decision, where) {
+function act(positions, decision) {
+  const buttons = byId("detail").querySelector(".buttons");
+  const pressed = [...(buttons?.children ?? [])].indexOf(document.activeElement);
   const changed = decide(positions, decision);
   render();
   const one = positions.length === 1 ? `${nameOf(positions[0])}: ` : `${changed} relabels: `;
   say(`${one}${WORDS[decision]}.`);
-  if (where === "detail") byId("detail").querySelector('[aria-pressed="true"]').focus();
+  if (pressed >= 0) byId("detail").querySelector(".buttons").children[pressed].focus();
 }
 
 function takeBack() {
@@ -144,7 +146,7 @@ function start() {
   for (const [name, [text]] of Object.entries(ORDERS)) {
     if (column[name]) form.elements.sort.append(element("option", { value: name, text }));
   }
-  byId("head").append(element("th", { scope: "col", text: "Sample" }));
+  if (sheets.length) byId("head").append(element("th", { scope: "col", text: "Sample" }));
   for (const [text] of COLUMNS) {
     const className = ["Decision", "Given", "New", "True"].includes(text) ? "left" : "";
     byId("head").append(element("th", { scope: "col", text, className }));
