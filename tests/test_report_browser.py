@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -285,11 +284,19 @@ def test_100_000_relabels_stay_quick(opened, tmp_path):
     x, y = images(250_000, 10)
     make_run(tmp_path / "run", x, y, 100_000)
     write_report(tmp_path / "run", tmp_path / "r.html")
-    start = time.monotonic()
-    page = opened(tmp_path / "r.html")
-    page.locator("#rows tr").first.wait_for()
-    seconds = {"open": time.monotonic() - start}
+    (tmp_path / "empty.html").write_text("<!DOCTYPE html><link rel=icon href=data:,>")
+    page = opened(tmp_path / "empty.html")
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy():
+        """Seconds that the page's thread computed: other processes do not count."""
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return next(m["value"] for m in metrics if m["name"] == "TaskDuration")
+
+    seconds = {}
     for name, act in (
+        ("open", lambda: page.goto((tmp_path / "r.html").as_uri())),
         ("order", lambda: page.get_by_label("Order").select_option("highest loss first")),
         ("filter", lambda: page.get_by_label("Given class").select_option("3")),
         ("reset", lambda: page.get_by_role("button", name="Reset filters").click()),
@@ -297,12 +304,13 @@ def test_100_000_relabels_stay_quick(opened, tmp_path):
         ("last page", lambda: page.get_by_role("button", name="Last", exact=True).click()),
         ("key", lambda: page.locator("#rows tr").first.press("ArrowDown")),
     ):
-        start = time.monotonic()
+        before = busy()
         act()
         status(page)
-        seconds[name] = time.monotonic() - start
+        seconds[name] = busy() - before
     print(", ".join(f"{name} {took:.2f} s" for name, took in seconds.items()))
-    assert max(seconds.values()) < 20  # for a busy machine; docs/report.md has figures
+    assert 0 < seconds.pop("open") < 6
+    assert 0 < max(seconds.values()) < 1
     assert page.locator("#rows tr").count() <= 50
     assert " 0 open" in status(page)
 
