@@ -273,9 +273,7 @@ class Relabels(NamedTuple):
     suspect: Tensor  # bool [n], whether the label was in question
     share: Tensor  # float32 [n], votes for the winner
     margin: Tensor  # float32 [n], its lead
-    neighbours: Tensor | None = (
-        None  # int64 [n, k], nearest first, where somebody wants to see them
-    )
+    neighbours: Tensor | None = None  # int64 [n, k], nearest first, for people to look at
 
 
 _SHOWN = 8  # neighbours of a suspect that are kept for people to look at

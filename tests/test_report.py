@@ -268,7 +268,7 @@ def test_a_damaged_run_is_refused(run, capsys):
     folder, _ = run
     cases = {
         "run.json": ["{", "[]", "{}", '{"settings": {"method": ["magic"]}}'],
-        "result.json": ["{", "[]", "{}"],
+        "result.json": ["{", "[]", "{}", '{"erm": {"relabelled": 1}, "als-lc": {"relabelled": 1}}'],
         "als-lc/metrics.jsonl": ["{", "{}", '{"epoch": NaN}', "[1]"],
         "als-lc/samples.npz": ["", "PK", "nonsense"],
     }
@@ -291,7 +291,7 @@ def test_errors_of_the_command(run, capsys):
         ([str(folder.parent)], "expected a folder of als-ext run --out; got no"),
         ([str(folder), "--method", "also", "--force"], "one of the run's, erm, als-lc, got 'also'"),
         ([str(folder), "--pictures", "-1", "--force"], "pictures: expected >= 0, got -1"),
-        ([str(folder), "--picture-size", "3", "--force"], "picture-size: expected >= 4, got 3"),
+        ([str(folder), "--picture-size", "3", "--force"], "picture_size: expected >= 4, got 3"),
         ([str(folder), "--features", "0", "--force"], "features: expected >= 1, got 0"),
         ([str(folder), "--out", str(folder / "no" / "r.html")], "does not exist"),
     ):

@@ -98,7 +98,7 @@ function imported(text) {
     found.at.push(i);
     found.decision.push(decision);
   }
-  past.push({ at: found.at, was: found.at.map((i) => decisions[i]) });
+  if (found.at.length) past.push({ at: found.at, was: found.at.map((i) => decisions[i]) });
   found.at.forEach((i, k) => set(i, found.decision[k]));
   keep();
   return { taken: found.at.length, other };

@@ -104,7 +104,7 @@ def write_report(
         ValueError: a number out of range, no such method, a damaged file.
     """
     check_int("pictures", pictures, low=0)
-    check_int("picture-size", picture_size, low=4)
+    check_int("picture_size", picture_size, low=4)
     check_int("features", features, low=1)
     out = Path(out)
     if out.exists() and not overwrite:

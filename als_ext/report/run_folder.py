@@ -53,6 +53,7 @@ def read_run(path: Path, method: str | None = None) -> RunFolder:
         settings = dict(settings["settings"])
         names = [str(name) for name in settings["method"]]
         changed = [name for name in names if result[name]["relabelled"]]
+        result = {**result, "dataset": str(result["dataset"]), "noise": str(result["noise"])}
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"run: {path / RESULT_FILE} does not fit {SETTINGS_FILE}") from error
     if method is None:
