@@ -68,6 +68,8 @@ class AlsLc(Correcting, Also, name="als-lc"):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.corrector = LabelCorrector(task.labels, task.num_classes, task.config.correction)
+        if task.kept is not None:  # a later correction takes them for labels that were given
+            self.corrector.undo(task.kept, pin=True)
         wanted: int | None = self.settings.pretrain
         if wanted and not task.images:
             raise ValueError(
@@ -156,7 +158,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
         else:
             result = self.corrector.step(self._without_labels(), None, epoch)
             self._channel = LocalChannel(result, self.corrector.original.to(self.task.device))
-        return Relabels(result.new_label, result.suspect, result.share, result.margin)
+        return Relabels(
+            result.new_label, result.suspect, result.share, result.margin, result.neighbours
+        )
 
     def _without_labels(self) -> Tensor:
         """What was learned beside the pixels: cosines of this are a weighted mean of both's."""

@@ -49,6 +49,8 @@ class Task:
         clean_index: int64 [m] on ``device``, where these samples are in the training set; None
             where nobody said.
         images: whether the samples are a tensor of images [n, C, H, W], H and W >= 12.
+        kept: int64 [m] on the device of ``labels``, samples whose labels no correction may change;
+            None where there are none.
         augment: makes the views to train on; None where the samples themselves are trained on.
     """
 
@@ -61,6 +63,7 @@ class Task:
     clean: tuple[Tensor, Tensor] | None = None
     clean_index: Tensor | None = None
     images: bool = False
+    kept: Tensor | None = None
     augment: RandomShift | RandomAffine | None = None
 
     def embeddings(self) -> Tensor:
@@ -187,6 +190,11 @@ class Method(ABC):
         ``share`` and ``margin`` as well; None for a method that judges no label."""
         return None
 
+    def neighbours(self) -> Tensor | None:
+        """int32 [s, up to 8], the nearest neighbours of each suspect of :meth:`report`, in order,
+        nearest first; None where there are none to tell."""
+        return None
+
 
 class ERM(Method, name="erm"):
     """Empirical risk minimisation: the mean loss, Adam. The baseline."""
@@ -265,6 +273,10 @@ class Relabels(NamedTuple):
     suspect: Tensor  # bool [n], whether the label was in question
     share: Tensor  # float32 [n], votes for the winner
     margin: Tensor  # float32 [n], its lead
+    neighbours: Tensor | None = None  # int64 [n, k], nearest first, for people to look at
+
+
+_SHOWN = 8  # neighbours of a suspect that are kept for people to look at
 
 
 class Correcting(Method):
@@ -280,6 +292,7 @@ class Correcting(Method):
         super().__init__(task)
         self._converged = False
         self._report: dict[str, Tensor] | None = None
+        self._neighbours: Tensor | None = None
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:
@@ -309,25 +322,41 @@ class Correcting(Method):
         if self._converged or not self.due(epoch):
             return {}
         stop_share = self.task.config.correction.stop_share
-        labels = self.task.labels
-        label, suspect, share, margin = self.relabels(epoch)
-        changed = (label.to(labels.device) != labels).nonzero()[:, 0]
+        labels, kept = self.task.labels, self.task.kept
+        label, suspect, share, margin, neighbours = self.relabels(epoch)
+        label = label.to(labels.device, copy=True)
+        if kept is not None:
+            label[kept] = labels[kept]
+        changed = (label != labels).nonzero()[:, 0]
         labels.copy_(label)
         self.relabelled(changed.to(self.task.device))
         self._converged = len(changed) / len(labels) < stop_share
         self._report = {"share": share.cpu(), "margin": margin.cpu(), "suspect": suspect.cpu()}
+        if neighbours is not None:
+            # Of suspects alone, and narrow: they are part of every later checkpoint.
+            self._neighbours = neighbours[suspect, :_SHOWN].to("cpu", torch.int32)
         return {"suspects": int(suspect.sum())}
 
     def state_dict(self) -> dict[str, Any]:
         """What the class that trains keeps, and the last report."""
-        return {**super().state_dict(), "converged": self._converged, "report": self._report}
+        return {
+            **super().state_dict(),
+            "converged": self._converged,
+            "report": self._report,
+            "neighbours": self._neighbours,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore all of it."""
         super().load_state_dict(state)
         self._converged = state["converged"]
         self._report = state["report"]
+        self._neighbours = state.get("neighbours")  # checkpoints once had none
 
     def report(self) -> dict[str, Tensor] | None:
         """share, margin and suspect [n] of the last correction."""
         return self._report
+
+    def neighbours(self) -> Tensor | None:
+        """Those of the last correction."""
+        return self._neighbours

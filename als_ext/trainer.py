@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -24,6 +23,7 @@ from als_ext.checkpoint import (
     save_checkpoint,
 )
 from als_ext.config import RESUME_MAY_CHANGE, TrainConfig
+from als_ext.correction import labels_digest
 from als_ext.data import IndexedDataset, TensorBatches, as_labels
 from als_ext.embedding import make_embedder
 from als_ext.loader import LoaderBatches
@@ -37,10 +37,6 @@ from als_ext.weights import SampleWeights
 # The activations of a larger batch are more than malloc keeps: on a CPU each is paged in anew.
 _EVAL_BATCH = 256
 CHECKPOINT = "checkpoint.pt"
-
-
-def _digest(labels: Tensor) -> str:
-    return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +57,8 @@ class TrainResult:
             optimizer has no :class:`als_ext.SampleWeights`.
         test_accuracy: after the LAST epoch, in [0, 1]; None without test samples.
         seconds: training time, pauses between resumes left out.
+        neighbours: int32 [s, up to 8] on the CPU, the nearest neighbours of each suspect of the
+            report, in order, nearest first; None for a method that has none to tell.
     """
 
     labels: Tensor
@@ -72,6 +70,7 @@ class TrainResult:
     log_pi: Tensor | None
     test_accuracy: float | None
     seconds: float
+    neighbours: Tensor | None = None
 
 
 class Trainer:
@@ -136,6 +135,7 @@ class Trainer:
         true_labels: Tensor | None = None,
         plain: Dataset[Any] | None = None,
         clean: tuple[Tensor, ...] | None = None,
+        kept: Tensor | None = None,
         resume: bool = False,
     ) -> TrainResult:
         """Train for ``config.epochs`` epochs; more where the method says so.
@@ -152,6 +152,8 @@ class Trainer:
             clean: inputs [m, ...] and labels int64 [m] that are known to be right, for the methods
                 that need some; as a third element int64 [m], their positions in the training set,
                 for those that need to know which they are.
+            kept: int64 [m], positions of samples whose labels no correction may change, because a
+                person decided them.
             resume: go on from ``out/checkpoint.pt``; without that file start from the beginning.
 
         Returns:
@@ -163,7 +165,7 @@ class Trainer:
                 belongs to other data, settings or another model.
             RuntimeError: the training loss is not finite.
         """
-        self._set_up(data, labels, test, true_labels, plain, clean)
+        self._set_up(data, labels, test, true_labels, plain, clean, kept)
         saved = self._open(resume)
         self._epochs = self._method.epochs()
         total = self._epochs * len(self._batches)
@@ -208,6 +210,7 @@ class Trainer:
         true_labels: Tensor | None,
         plain: Dataset[Any] | None,
         clean: tuple[Tensor, ...] | None,
+        kept: Tensor | None,
     ) -> None:
         config, device = self.config, self.device
         source = IndexedDataset(data, labels)
@@ -241,6 +244,8 @@ class Trainer:
             test = (test[0], test_labels)
         self._test = test
         known, positions = self._check_clean(clean, n)
+        if kept is not None:
+            kept = as_labels(kept, num_classes=n, name="kept")
         images = isinstance(data, Tensor) and are_images(data)
         augment = config.augment
         if augment == "auto":
@@ -256,15 +261,18 @@ class Trainer:
                 clean=known,
                 clean_index=positions,
                 images=images,
+                kept=None if kept is None else kept.to(self._batches.labels.device),
                 augment=make_views(augment),
             )
         )
         self._losses = torch.zeros(n, device=device)
         self._history: list[Record] = []
         self._elapsed = 0.0  # seconds of the runs that this one resumes
-        self._identity = {"samples": n, "labels sha256": _digest(self._given)}
+        self._identity = {"samples": n, "labels sha256": labels_digest(self._given)}
         if known is not None:
-            self._identity["clean labels sha256"] = _digest(known[1].cpu())
+            self._identity["clean labels sha256"] = labels_digest(known[1])
+        if kept is not None:
+            self._identity["kept sha256"] = labels_digest(kept)
 
     def _check_clean(
         self, clean: tuple[Tensor, ...] | None, n: int
@@ -434,4 +442,5 @@ class Trainer:
             log_pi=None if weights is None else weights.log_pi().cpu(),
             test_accuracy=self._history[-1]["test_accuracy"],
             seconds=self._history[-1]["seconds"] or 0.0,
+            neighbours=self._method.neighbours(),
         )

@@ -137,6 +137,7 @@ def test_out_holds_settings_metrics_checkpoints_and_labels(capsys, tmp_path):
         "checkpoint.pt",
         "metrics.csv",
         "metrics.jsonl",
+        "samples.npz",
     ]
     labels = np.load(out / "als-lc" / "labels.npy")
     with (out / "als-lc" / "report.csv").open(newline="") as file:

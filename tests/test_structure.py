@@ -23,7 +23,7 @@ LAYERS = [  # a module may import from layers below its own, never from above
     {"methods"},
     {"als_lc", "baselines"},
     {"trainer"},
-    {"compare", "integrations"},
+    {"compare", "integrations", "report"},
     {"cli"},
 ]
 

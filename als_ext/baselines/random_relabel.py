@@ -35,7 +35,8 @@ class RandomRelabel(Correcting, Also, name="random-relabel"):
         winner, share, margin = ops.knn_vote(
             found.distances, found.neighbours, found.new_label, task.num_classes
         )
-        return Relabels(torch.where(suspect, winner, given), suspect, share, margin)
+        label = torch.where(suspect, winner, given)
+        return Relabels(label, suspect, share, margin, found.neighbours)
 
     def relabelled(self, index: Tensor) -> None:
         """As als-lc does."""

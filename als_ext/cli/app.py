@@ -11,7 +11,9 @@ import typer
 
 from als_ext.cli.compare import compare
 from als_ext.cli.correct import correct
+from als_ext.cli.decide import decide
 from als_ext.cli.info import info
+from als_ext.cli.report import report
 from als_ext.cli.run import run
 
 OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -42,6 +44,8 @@ app = typer.Typer(
 app.command()(run)
 app.command()(compare)
 app.command()(correct)
+app.command()(report)
+app.command()(decide)
 app.command()(info)
 
 

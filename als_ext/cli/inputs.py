@@ -12,6 +12,7 @@ import pooch
 import torch
 from torch import Tensor
 
+from als_ext.correction import read_decisions
 from als_ext.data import ArrayDataset, apply_noise, load_dataset, parse_noise, read_labels
 from als_ext.methods import METHODS
 
@@ -25,9 +26,11 @@ class RunData:
     Attributes:
         x_train: float32 [n, ...], standardised.
         given_labels: int64 [n], the labels to train on.
+        kept: int64 [m], ascending: samples whose labels a person decided; they stay as they are.
         true_labels: int64 [n]; None for a user's own data whose labels are the given ones.
         test: standardised samples and their labels; None without any.
         num_classes: number of classes.
+        class_names: one name for each class.
         noise: how the labels became wrong.
         noise_rate: realised share of wrong labels; None where the true ones are unknown.
         source_index: int64 [n], row of the source of each sample.
@@ -36,9 +39,11 @@ class RunData:
 
     x_train: Tensor
     given_labels: Tensor
+    kept: Tensor
     true_labels: Tensor | None
     test: tuple[Tensor, Tensor] | None
     num_classes: int
+    class_names: tuple[str, ...]
     noise: str
     noise_rate: float | None
     source_index: Tensor
@@ -84,13 +89,16 @@ def load_run_data(settings: dict[str, Any]) -> RunData:
         ).labels
         if own and parsed.kind == "none":
             true = None
+    given, kept = _decided(settings["decisions"], given, data.num_classes)
     x_train, x_test = _standardised(data.x_train, data.x_test)
     return RunData(
         x_train=x_train,
         given_labels=given,
+        kept=kept,
         true_labels=true,
         test=(x_test, data.y_test) if data.has_test else None,
         num_classes=data.num_classes,
+        class_names=data.class_names,
         noise=noise,
         noise_rate=None if true is None else int((given != true).sum()) / len(given),
         source_index=data.train_index,
@@ -105,6 +113,16 @@ def _labels_of_source(path: str, data: ArrayDataset) -> Tensor:
     split = not torch.equal(rows, torch.arange(n))
     labels = read_labels(path, n=n + split * len(data.y_test), num_classes=data.num_classes)
     return labels[rows]
+
+
+def _decided(paths: list[str], given: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Labels with the decisions of each file in turn, and the samples that were decided about."""
+    rows = [torch.empty(0, dtype=torch.int64)]
+    for path in paths:
+        found = read_decisions(path)
+        given = found.apply(given, num_classes)
+        rows.append(found.row)
+    return given, torch.unique(torch.cat(rows))
 
 
 def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,10 @@ from als_ext.cli.training import (
 from als_ext.data import write_labels
 from als_ext.io import atomic_write_text
 from als_ext.ops._checks import check_int
+from als_ext.report.run_folder import RESULT_FILE, SAMPLES_FILE, SETTINGS_FILE
+from als_ext.report.samples import RunSamples, write_samples
 from als_ext.trainer import TrainResult
 
-SETTINGS_FILE, RESULT_FILE = "run.json", "result.json"
 COLUMNS = {  # keys of the JSON object under a method's name -> headings of the table
     "test_accuracy": "test accuracy",
     "label_accuracy_before": "labels before",
@@ -57,6 +58,13 @@ def run(
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Labels to train on (json, csv, npy, npz), for --noise.")
+    ] = None,
+    decisions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What was decided in the report about an earlier run, to keep it. Repeat it: one "
+            "after the other."
+        ),
     ] = None,
     method: options.Methods = None,
     setting: options.Setting = None,
@@ -92,6 +100,7 @@ def run(
         "data_dir": None if data_dir is None else str(data_dir.resolve()),
         "noise": noise,
         "labels": None if labels is None else str(labels.resolve()),
+        "decisions": None if decisions is None else [str(path.resolve()) for path in decisions],
         "method": names,
         "setting": setting,
         "clean_per_class": clean_per_class,
@@ -143,6 +152,7 @@ def run(
             result[name] = figures(done)
             if out is not None:
                 _write_labels(out / name, done, data)
+                write_samples(out / name / SAMPLES_FILE, _samples(done, data))
     except KeyboardInterrupt:
         if out is not None:
             print(f"als-ext: go on with: als-ext run --out {out} --resume", file=sys.stderr)
@@ -197,6 +207,25 @@ def _write_labels(folder: Path, done: TrainResult, data: RunData) -> None:
         )
         rows.append(f"{line},{json_module.dumps(data.files[row])}" if data.files else line)
     atomic_write_text(folder / "report.csv", "\n".join(rows) + "\n", overwrite=True)
+
+
+def _samples(done: TrainResult, data: RunData) -> RunSamples:
+    """What ``als-ext report`` needs of each sample, beside the data set."""
+    judged = done.report or {}
+    tensors = {
+        "index": data.source_index,
+        "given": done.given_labels,
+        "label": done.labels,
+        "true": data.true_labels,
+        "loss": done.losses,
+        "log_pi": done.log_pi,
+        "neighbours": done.neighbours,
+        **{name: judged.get(name) for name in ("suspect", "share", "margin")},
+    }
+    arrays: dict[str, Any] = {
+        name: None if value is None else value.numpy() for name, value in tensors.items()
+    }
+    return RunSamples(class_names=data.class_names, files=data.files, **arrays)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

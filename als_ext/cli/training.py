@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "data_dir": None,
     "noise": None,
     "labels": None,
+    "decisions": [],
     "method": ["erm", "als-lc"],
     "setting": [],
     "clean_per_class": 0,
@@ -113,6 +114,7 @@ def fit(
         test=data.test,
         true_labels=data.true_labels,
         clean=clean,
+        kept=data.kept if len(data.kept) else None,
         resume=resume,
     )
 

@@ -18,6 +18,7 @@ from als_ext.correction._inputs import (
 )
 from als_ext.correction.config import CorrectionConfig
 from als_ext.correction.correct import correct
+from als_ext.correction.decisions import Decisions
 from als_ext.correction.result import CorrectionResult
 from als_ext.ops._checks import check_int
 
@@ -31,12 +32,12 @@ class RelabelHistory:
 
     Attributes:
         step: int64, the step that made the change, or that was undone by it; from 0.
-        epoch: int64, the epoch given with that step; -1 for an undo.
+        epoch: int64, the epoch given with that step; -1 for an undo or a decision.
         sample: int64, position of the sample.
         old: int64, label before.
         new: int64, label after.
-        share: float32, the winner's share of the votes; NaN for an undo.
-        margin: float32, its lead; NaN for an undo.
+        share: float32, the winner's share of the votes; NaN where epoch is -1.
+        margin: float32, its lead; NaN where epoch is -1.
     """
 
     step: Tensor
@@ -264,11 +265,27 @@ class LabelCorrector:
             differs[touched] = True
             at = (differs & (self._labels != self._original)).nonzero()[:, 0]
             target = self._original[at]
-        missing = torch.full((len(self),), float("nan"))
-        self._record(at, self._labels[at], target, step, -1, missing, missing)
-        self._labels[at] = target
+        self._set(at, target, step)
         if pin:
             self._pinned[touched] = True
+        return at
+
+    def decide(self, decisions: Decisions) -> Tensor:
+        """Take over what a person decided; these samples keep their labels in all later steps.
+
+        Args:
+            decisions: from :func:`als_ext.correction.read_decisions`.
+
+        Returns:
+            [m] int64, the samples whose labels changed, ascending.
+
+        Raises:
+            ValueError: the decisions belong to other labels; nothing is changed then.
+        """
+        decided = decisions.apply(self._original, self._num_classes, self._labels)
+        at = (decided != self._labels).nonzero()[:, 0]
+        self._set(at, decided[at], self._steps - 1)
+        self._pinned[decisions.row.to(self._pinned.device)] = True
         return at
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,6 +340,12 @@ class LabelCorrector:
                 f"index: expected positions in [0, {len(self)}), got {int(at[wrong][0])}"
             )
         return at.long()
+
+    def _set(self, at: Tensor, target: Tensor, step: int) -> None:
+        """Give samples labels that no step of the corrector found."""
+        missing = torch.full((len(self),), float("nan"))
+        self._record(at, self._labels[at], target, step, -1, missing, missing)
+        self._labels[at] = target
 
     def _record(
         self,
