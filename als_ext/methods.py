@@ -250,10 +250,8 @@ class Also(Method, name="also"):
         return losses
 
     def scores(self) -> Tensor:
-        """log pi [n], with the sign that makes suspects score high."""
-        weights = self.optimizer.weights
-        high = weights.settings["direction"] == "max"  # then suspects have gained weight
-        return weights.log_pi() if high else -weights.log_pi()
+        """How suspect the labels are, [n]: log pi, with the sign of the direction."""
+        return self.optimizer.weights.scores()
 
     def train_mode(self) -> None:
         """The model holds theta at the half point."""

@@ -296,6 +296,23 @@ class SampleWeights:
         log_weight = weight_unchecked(self._state, self._rule, index, half=False, log=True)
         return log_weight - math.log(self.n)
 
+    def scores(self) -> Tensor:
+        """How suspect each label is, for ``scores=`` of a correction: log π where a high loss
+        raises a weight (``direction="max"``), -log π where it lowers it.
+
+        Returns:
+            [n] float32, nats; the higher, the more suspect.
+
+        Example:
+            >>> import torch, als_ext
+            >>> weights = als_ext.SampleWeights(4, direction="min")
+            >>> weights.update_(torch.tensor([2]), torch.tensor([9.0]))
+            >>> int(weights.scores().argmax())
+            2
+        """
+        high = self.settings["direction"] == "max"
+        return self.log_pi() if high else -self.log_pi()
+
     def top(self, m: int) -> Tensor:
         """The m samples of highest probability, highest first.
 

@@ -74,14 +74,11 @@ class Relabelling:
 
         Args:
             embeddings: [n, D] floating, in the order of the data set.
-            optimizer: of the training; where it is ALSO, log π is the score.
+            optimizer: of the training; where it is ALSO, its weights give the scores.
             epoch: for the history.
         """
         weights = optimizer.weights if isinstance(optimizer, ALSO) else None
-        scores = None
-        if weights is not None:
-            high = weights.settings["direction"] == "max"  # then suspects have gained weight
-            scores = weights.log_pi() if high else -weights.log_pi()
+        scores = None if weights is None else weights.scores()
         result = self.corrector.step(embeddings, scores, epoch)
         self.dataset.set_labels(result.new_label)
         if weights is not None:
