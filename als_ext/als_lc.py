@@ -157,7 +157,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
             self._channel = None
         else:
             result = self.corrector.step(self._without_labels(), None, epoch)
-            self._channel = LocalChannel(result, self.corrector.original.to(self.task.device))
+            given = self.corrector.original.to(self.task.device)
+            kept = None if self.task.kept is None else self.task.kept.to(self.task.device)
+            self._channel = LocalChannel(result, given, kept)
         return Relabels(
             result.new_label, result.suspect, result.share, result.margin, result.neighbours
         )

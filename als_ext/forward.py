@@ -33,26 +33,33 @@ class LocalChannel:
     Args:
         result: a correction of n samples.
         given: [n] int64, the given labels.
+        kept: int64 [m], samples whose given labels are certain; None for none.
 
     Note:
-        Memory: 16 n + 4 C² bytes.
+        Memory: 21 n + 4 C² bytes.
     """
 
-    def __init__(self, result: CorrectionResult[Tensor], given: Tensor) -> None:
+    def __init__(
+        self, result: CorrectionResult[Tensor], given: Tensor, kept: Tensor | None = None
+    ) -> None:
         self._given, self._winner = given, result.winner
         self._log_channel = result.channel.log()
         self._local = _local_likelihood(result, given).log()
+        self._certain = torch.zeros_like(given, dtype=torch.bool)
+        if kept is not None:
+            self._certain[kept] = True
+            self._winner = given.where(self._certain, self._winner)
+            self._local.masked_fill_(self._certain, 0.0)
 
     def log_likelihood(self, index: Tensor) -> Tensor:
         """log v of these samples [B], float32 [B, C]."""
         log = self._log_channel.T[self._given[index]]
+        log = log.masked_fill(self._certain[index, None], -torch.inf)
         return log.scatter(1, self._winner[index, None], self._local[index, None])
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, tensors only."""
-        return {
-            name: getattr(self, name) for name in ("_given", "_winner", "_log_channel", "_local")
-        }
+        return dict(vars(self))
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> LocalChannel:

@@ -40,6 +40,18 @@ def test_likelihoods_are_the_channel_but_for_the_class_of_the_place():
         torch.testing.assert_close(log[i].exp(), wanted)
 
 
+def test_labels_that_are_kept_are_certain():
+    result, _, given = corrected()
+    kept = torch.tensor([4, 17])
+    channel = LocalChannel(result, given, kept)
+    log = channel.log_likelihood(torch.tensor([4, 17, 5]))
+    for row, i in enumerate((4, 17)):
+        assert log[row].exp().tolist() == [float(c == given[i]) for c in range(CLASSES)]
+    assert torch.equal(log[2:], LocalChannel(result, given).log_likelihood(torch.tensor([5])))
+    posterior = (torch.randn(2, CLASSES) + log[:2]).softmax(1)
+    assert torch.equal(posterior, log[:2].exp())
+
+
 def test_a_block_of_rows_at_a_time_gives_the_same(monkeypatch):
     result, _, given = corrected()
     every = torch.arange(len(given))
