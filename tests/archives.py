@@ -1,4 +1,4 @@
-"""python tests/archives.py DIST: the sdist and the wheel in DIST hold what they should, nothing else.
+"""python tests/archives.py DIST: sdist and wheel in DIST hold what they should, nothing else.
 
 Expected is what git tracks: a build needs csrc/ and als_ext/, an installation all of als_ext/.
 """

@@ -1,7 +1,6 @@
-"""What a user writes against the installed package: .ci/run runs it and checks it with mypy --strict.
+"""What a user writes against the installed package: .ci/run runs it, and mypy --strict checks it.
 
-It stands in an empty folder there. assert_type is for mypy: a public name without a type would be
-Any.
+assert_type is for mypy: a public name without a type would be Any.
 """
 
 from pathlib import Path

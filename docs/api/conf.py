@@ -14,8 +14,9 @@ release = version = als_ext.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_math_renderer = "mathml"
 html_theme = "basic"
-html_static_path = ["."]
+html_static_path = ["api.css"]
 html_css_files = ["api.css"]
+autodoc_mock_imports = ["cleanlab", "datasets", "lightning", "transformers"]  # optional
 html_show_copyright = html_show_sphinx = html_copy_source = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
