@@ -12,7 +12,8 @@ NEEDS = {  # optional packages; .ci/run installs them
     "lightning_module.py": "lightning",
     "tables.py": "datasets",
 }
-EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 LAUNCHERS = {"distributed.py": TORCHRUN}
@@ -33,3 +34,9 @@ def test_example_runs(example, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_a_page_leads_to_the_example(example):
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    assert any(f"examples/{example.name}" in page.read_text() for page in pages)
