@@ -23,6 +23,7 @@ from als_ext.runtime import half_cosine
 _PIXELS = 0.35  # their share
 _COMPONENTS = 50  # principal ones
 _SIDE = 32
+_LOST = 0.1  # a class is lost if the network finds less of it than this share
 
 
 def _few_pixels(images: Tensor) -> Tensor:
@@ -150,9 +151,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
     def relabels(self, epoch: int) -> Relabels:
         """A step of the corrector; before the first step on labels pi has nothing to say."""
         if self.learns_labels(epoch):
-            guess = (
-                self.task.collect(lambda x: self.predict(x).argmax(1)) if self._pretrain else None
-            )
+            guess = self._guess() if self._pretrain else None
             result = self.corrector.step(self.task.embeddings(), self.scores(), epoch, guess)
             self._channel = None
         else:
@@ -163,6 +162,17 @@ class AlsLc(Correcting, Also, name="als-lc"):
         return Relabels(
             result.new_label, result.suspect, result.share, result.margin, result.neighbours
         )
+
+    def _guess(self) -> Tensor:
+        """What the network predicts for each sample. If it has lost a class on its way through the
+        channel, which explains labels by other classes as well: what the correction before said."""
+        predicted = self.task.collect(lambda x: self.predict(x).argmax(1))
+        if self._channel is None:
+            return predicted
+        before, classes = self._channel.winner, self.task.num_classes
+        size = torch.bincount(before, minlength=classes)
+        found = torch.bincount(before[predicted == before], minlength=classes)
+        return before if bool((found < _LOST * size).any()) else predicted
 
     def _without_labels(self) -> Tensor:
         """What was learned beside the pixels: cosines of this are a weighted mean of both's."""

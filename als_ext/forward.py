@@ -35,6 +35,9 @@ class LocalChannel:
         given: [n] int64, the given labels.
         kept: int64 [m], samples whose given labels are certain; None for none.
 
+    Attributes:
+        winner: [n] int64, the class that the correction gives each sample.
+
     Note:
         Memory: 21 n + 4 C² bytes.
     """
@@ -42,20 +45,20 @@ class LocalChannel:
     def __init__(
         self, result: CorrectionResult[Tensor], given: Tensor, kept: Tensor | None = None
     ) -> None:
-        self._given, self._winner = given, result.winner
+        self._given, self.winner = given, result.winner
         self._log_channel = result.channel.log()
         self._local = _local_likelihood(result, given).log()
         self._certain = torch.zeros_like(given, dtype=torch.bool)
         if kept is not None:
             self._certain[kept] = True
-            self._winner = given.where(self._certain, self._winner)
+            self.winner = given.where(self._certain, self.winner)
             self._local.masked_fill_(self._certain, 0.0)
 
     def log_likelihood(self, index: Tensor) -> Tensor:
         """log v of these samples [B], float32 [B, C]."""
         log = self._log_channel.T[self._given[index]]
         log = log.masked_fill(self._certain[index, None], -torch.inf)
-        return log.scatter(1, self._winner[index, None], self._local[index, None])
+        return log.scatter(1, self.winner[index, None], self._local[index, None])
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, tensors only."""

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate, normalize, one_hot
 
 from als_ext import LabelCorrector, TrainConfig, Trainer, correct_labels, pretrain
 from als_ext.als_lc import AlsLc, _few_pixels
@@ -162,7 +162,7 @@ def test_the_warm_up_goes_through_the_noise_channel(monkeypatch):
 
     def noting(self, channel, x, index):
         wanted = torch.where(
-            channel._winner == given,
+            channel.winner == given,
             channel._local,
             channel._log_channel.T[given].gather(1, given[:, None])[:, 0],
         )
@@ -177,6 +177,37 @@ def test_the_warm_up_goes_through_the_noise_channel(monkeypatch):
     run.fit(x, given)
     assert sum(seen) == 2 * N
     assert run._method._channel is None
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_class_that_the_network_lost_is_not_forgotten(monkeypatch, lost):
+    """Then the correction before is the guess of the next one, not the predictions."""
+    x, given, _ = digits()
+    seen = []
+    original = LabelCorrector.step
+
+    def noting(self, embeddings, scores=None, epoch=None, guess=None):
+        result = original(self, embeddings, scores, epoch, guess)
+        seen.append((result.winner, guess))
+        return result
+
+    def predicted():
+        """As the correction before, but for class 3: all or half of it is predicted to be 4."""
+        label = seen[0][0].clone()
+        members = (label == 3).nonzero()[:, 0]
+        label[members if lost else members[::2]] = 4
+        return label
+
+    def predict(self, x):
+        return one_hot(predicted(), CLASSES).float()
+
+    monkeypatch.setattr(LabelCorrector, "step", noting)
+    monkeypatch.setattr(AlsLc, "predict", predict)
+    trainer(epochs=2, settings={"pretrain": 1}).fit(x, given)
+    (first, nothing), (_, guess) = seen
+    assert nothing is None
+    assert int((first == 3).sum()) > 4
+    assert torch.equal(guess, first if lost else predicted())
 
 
 def test_without_epochs_without_labels_nothing_goes_through_the_channel(monkeypatch):
