@@ -4,7 +4,6 @@ Formulas become MathML: every current browser shows it, and no page fetches anyt
 """
 
 from docutils import nodes
-from docutils.utils.math import pick_math_environment
 from docutils.utils.math.latex2mathml import tex2mathml
 
 import als_ext
@@ -31,10 +30,7 @@ def inline_math(writer, node):
 
 
 def block_math(writer, node):
-    text = node.astext()
-    environment = pick_math_environment(text)
-    text = rf"\begin{{{environment}}}{text}\end{{{environment}}}"
-    writer.body.append(tex2mathml(text, as_block=True))
+    writer.body.append(tex2mathml(node.astext(), as_block=True))
     raise nodes.SkipNode
 
 
