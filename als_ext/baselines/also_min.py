@@ -35,7 +35,7 @@ class AlsoMinSettings:
 class AlsoMin(Also, name="also-min"):
     r"""Multiplicative reweighting (Bar, Koren, Giryes, arXiv 2102.12192), by ALSO's optimizer.
 
-    .. math:: \pi_i \propto \exp\Big(-\gamma \sum_t f_i(\theta_t)\Big), \qquad
+    .. math:: \pi_i \propto \exp\left(-\gamma \sum_t f_i(\theta_t)\right), \qquad
               \theta \leftarrow \text{step on } \sum_i \pi_i f_i(\theta)
 
     The same form as KL-regularised self-paced weights: samples that keep a high loss lose their

@@ -39,8 +39,8 @@ class ELR(ERM, name="elr"):
     The loss L_ELR of the source with its temporal ensembling, p_i the softmax of sample i:
 
     .. math:: t_i \leftarrow \beta t_i + (1 - \beta) p_i, \qquad
-              \frac1B \sum_i \Big( -\log p_{i, y_i} + \lambda \log(1 - \langle p_i, t_i \rangle)
-              \Big)
+              \frac1B \sum_i \left( -\log p_{i, y_i} + \lambda \log(1 - \langle p_i, t_i \rangle)
+              \right)
 
     As in its code p is clamped to [1e-4, 1 - 1e-4] in the regulariser (rescaled to sum 1 in t),
     t starts at 0 and takes in p_i before it is used, and no gradient flows through it.

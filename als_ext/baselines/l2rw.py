@@ -36,7 +36,7 @@ class L2RW(ERM, name="l2rw"):
 
     .. math:: \hat\theta(\epsilon) = \theta - \alpha \nabla_\theta \sum_i \epsilon_i f_i(\theta),
               \qquad u_i = -\frac{\partial}{\partial\epsilon_i} g(\hat\theta(\epsilon))
-              \Big|_{\epsilon = 0}, \qquad
+              |_{\epsilon = 0}, \qquad
               w_i = \frac{\max(u_i, 0)}{\sum_j \max(u_j, 0) + [\sum_j \max(u_j, 0) = 0]}
 
     and a step on :math:`\sum_i w_i f_i`.

@@ -35,7 +35,7 @@ def knn(
 
     .. math:: d_{l2} = \sum_j (x_j - y_j)^2, \qquad
               d_{\cos} = 1 - \frac{\langle x, y\rangle}{|x||y|}
-                       = \tfrac12 \sum_j \Big(\frac{x_j}{|x|} - \frac{y_j}{|y|}\Big)^2, \qquad
+                       = \tfrac12 \sum_j \left(\frac{x_j}{|x|} - \frac{y_j}{|y|}\right)^2, \qquad
               d_{ip} = -\langle x, y\rangle
 
     each summed in float64 in the written form (for cosine the last one, which does not cancel:
