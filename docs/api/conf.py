@@ -21,7 +21,7 @@ napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
-nitpicky = True  # a reference into als_ext that leads nowhere is an error of the build
+nitpicky = True  # warns of references that lead nowhere
 
 
 def inline_math(writer, node):
