@@ -181,8 +181,10 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
         raise FileNotFoundError(f"resume: expected the folder of a run, got no {file}")
     try:
         saved = json_module.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"resume: {file} is damaged ({type(error).__name__})") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"resume: {file} is damaged: expected settings by name")
     check_same_settings({name: saved.get(name) for name in given}, given)
     return {**DEFAULTS, **saved}
 

@@ -34,7 +34,7 @@ def read_grid_file(path: Path, options: tuple[str, ...]) -> dict[str, Any]:
         raise FileNotFoundError(f"grid: expected a file, got none at {path}")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError; [[[[...
         raise ValueError(f"grid: expected a TOML file, got {path} ({error})") from error
     found = {name.replace("-", "_"): value for name, value in content.items()}
     known = (*AXES, "seeds", *options, _OF_METHODS)
