@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_open", "atomic_write_bytes", "atomic_write_text", "named_errors"]
+__all__ = ["atomic_open", "atomic_write_bytes", "atomic_write_text", "named_errors", "remove_left_overs"]
+
+_LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
 
 def _refuse_existing(path: Path) -> None:
@@ -30,6 +33,13 @@ def _sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove the temporary files of :func:`atomic_open` that a killed process left in a folder."""
+    for file in folder.glob(".*.tmp"):
+        if _LEFT_OVER.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

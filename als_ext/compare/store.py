@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from als_ext.compare.grid import Cell, Grid, check_type
-from als_ext.io import atomic_write_text
+from als_ext.io import atomic_write_text, remove_left_overs
 
 try:
     import fcntl
@@ -111,8 +111,7 @@ class Store:
         self.results = read_results(folder)
         if strange := self.results.keys() - set(grid.cells):
             raise ValueError(f"out: {self._file} has {min(map(str, strange))}, {GRID_FILE} has not")
-        for left_over in folder.glob(".*.tmp"):  # of a killed process
-            left_over.unlink()
+        remove_left_overs(folder)
         content = json.dumps({"grid": grid.to_dict()}, indent=2, allow_nan=False) + "\n"
         atomic_write_text(folder / GRID_FILE, content, overwrite=True)
 
