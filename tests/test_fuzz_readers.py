@@ -29,6 +29,7 @@ from als_ext.compare.samples import load_samples
 from als_ext.compare.store import read_grid, read_results
 from als_ext.compare.tables import markdown
 from als_ext.data import load_dataset, read_idx, read_labels
+from als_ext.data.folder import read_image_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Pillow and numpy, about damaged files
 
@@ -80,13 +81,13 @@ def folder_of_images(path):
         good.write_bytes(image("png"))
         (path.parent / "fuzzed").mkdir()
     (path.parent / "fuzzed" / path.name).write_bytes(path.read_bytes())
-    load_dataset(f"folder:{path.parent}")
+    read_image_folder(path.parent)
 
 
 READERS = {  # name of the file, what reads it, whole contents
     "idx3-ubyte": (functools.partial(read_idx, ndim=3), [IDX, gzip.compress(IDX)]),
     "y.json": (read_labels, [b"[3, 0, 2, 1]", b'{"labels": [3, 0]}']),
-    "y.csv": (read_labels, [b"3\n0\n2\n", b"index,label\n1,3\n0,2\n", b'"1"\n\xef\xbb\xbf2\n']),
+    "y.csv": (read_labels, [b"3\n0\n2\n", b"index,label\n1,3\n0,2\n", b'\xef\xbb\xbf"1"\n2\n']),
     "y.npy": (read_labels, [npy(LABELS), npy(LABELS.astype(">u2")), npy(LABELS[:0])]),
     "y.npz": (read_labels, [npz(labels=LABELS), npz(np.savez_compressed, a=LABELS)]),
     "data.npz": (lambda path: load_dataset(f"npz:{path}"), [npz(**DATA)]),

@@ -44,6 +44,8 @@ def _read_header(file: BinaryIO, size: int) -> tuple[tuple[int, ...], str, np.dt
     shape, fortran, dtype = _HEADERS[version](file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are stored by pickle")
+    if dtype.itemsize == 0:
+        raise ValueError(f"expected elements of at least one byte, got {dtype}")
     if any(length < 0 for length in shape):
         raise ValueError(f"expected lengths of at least 0, got {shape}")
     expected, found = math.prod(shape) * dtype.itemsize, size - file.tell()
