@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_open", "atomic_write_bytes", "atomic_write_text", "named_errors", "remove_left_overs"]
+__all__ = [
+    "atomic_open",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "named_errors",
+    "remove_left_overs",
+]
 
 _LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 

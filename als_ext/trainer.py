@@ -26,8 +26,8 @@ from als_ext.config import RESUME_MAY_CHANGE, TrainConfig
 from als_ext.correction import labels_digest
 from als_ext.data import IndexedDataset, TensorBatches, as_labels
 from als_ext.embedding import make_embedder
-from als_ext.loader import LoaderBatches
 from als_ext.io import remove_left_overs
+from als_ext.loader import LoaderBatches
 from als_ext.methods import METHODS, Task
 from als_ext.metrics import FIELDS, FILES, MetricsWriter, Record, label_metrics
 from als_ext.ops._checks import check_choice, check_int

@@ -173,7 +173,9 @@ def all_whole(out):
     for path in out.rglob("checkpoint.pt"):
         load_checkpoint(path)
     for path in [*out.rglob("*.json"), *out.rglob("metrics.jsonl")]:
-        for line in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+        for line in (
+            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        ):
             json.loads(line)
     for path in out.rglob("*.npz"):
         with np.load(path) as arrays:

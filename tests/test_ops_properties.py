@@ -231,9 +231,7 @@ def test_also_steps(shapes, dtype, kind, half, amsgrad, decoupled, seed):
         ]
         most = moments[2] if amsgrad else []
         also_step_(params, grads, *moments[:2], most, bases, steps, **options)
-        close = (
-            {"rtol": 1e-10, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-4, "atol": 1e-5}
-        )
+        close = {"rtol": 1e-10, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-4, "atol": 1e-5}
         for p, want in zip(params, wanted, strict=True):
             torch.testing.assert_close(p.double(), want, **close)
     assert [int(s) for s in steps] == [state.step for state in states]
