@@ -668,7 +668,8 @@ names = {"d": "d"}
 grid = make_grid(names, names, {"m": Variant("erm")}, range(2000), {})
 store = Store(Path(sys.argv[1]), grid)
 for cell in store.pending:
-    store.add(cell, {"status": "done", "padding": "x" * 20_000})
+    facts = {"settings": {}, "versions": {}, "model": "m", "device": "cpu", "clean_per_class": 0}
+    store.add(cell, {"status": "done", **facts, "padding": "x" * 20_000})
 """
 
 

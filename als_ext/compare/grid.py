@@ -15,6 +15,7 @@ from als_ext.data import parse_noise
 from als_ext.data.download import SOURCES
 from als_ext.ops._checks import check_int
 
+AXES = ("datasets", "noises", "methods")  # of a grid, in the order of a cell's names
 DATASET_KINDS = ("digits", *SOURCES, "npz:FILE", "folder:DIR")
 
 
@@ -114,7 +115,7 @@ class Grid:
         Raises:
             KeyError, TypeError, ValueError: anything else.
         """
-        for name in ("datasets", "noises", "methods", "settings"):
+        for name in (*AXES, "settings"):
             check_type(name, content[name], dict)
         for name in ("datasets", "noises"):
             for spec in content[name].values():
@@ -122,12 +123,17 @@ class Grid:
         for entry in content["methods"].values():
             check_type("method", entry["method"], str)
             check_type("settings", entry["settings"], dict)
+        cells = tuple(Cell(*values) for values in content["cells"])
+        for cell in cells:
+            for axis, name in zip(AXES, dataclasses.astuple(cell)[:3], strict=True):
+                if name not in content[axis]:
+                    raise ValueError(f"{axis}: expected {name!r}, which {cell} needs")
         return cls(
             datasets=content["datasets"],
             noises=content["noises"],
             methods={name: Variant(**entry) for name, entry in content["methods"].items()},
             settings=content["settings"],
-            cells=tuple(Cell(*values) for values in content["cells"]),
+            cells=cells,
         )
 
     @property
