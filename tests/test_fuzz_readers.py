@@ -29,8 +29,10 @@ from als_ext.compare.grid_file import read_grid_file
 from als_ext.compare.samples import load_samples
 from als_ext.compare.store import read_grid, read_results
 from als_ext.compare.tables import markdown
+from als_ext.correction import read_decisions
 from als_ext.data import load_dataset, read_idx, read_labels
 from als_ext.data.folder import read_image_folder
+from als_ext.report.samples import read_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Pillow and numpy, about damaged files
 
@@ -71,6 +73,11 @@ def result(**changes):
 GRID = make_grid({"d": "digits"}, {"n": "none"}, {"m": Variant("erm")}, [0], {"epochs": 2})
 FAILED = result(status="failed", error="too late", method="other")
 DATA = {"x": np.arange(40.0).reshape(10, 4), "y": np.arange(10) % 2}
+RUN = dict.fromkeys(("index", "given", "label"), np.zeros(3, np.int64))
+RUN["loss"] = np.ones(3, np.float32)
+DECISIONS = {"format": "als_ext decisions", "version": 1, "samples": 3, "num_classes": 2}
+DECISIONS |= {"labels_sha256": "00", "method": None}
+DECISIONS["decisions"] = [{"row": 2, "old": 1, "new": 0, "decision": "accept"}]
 IDX = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 2, 3) + bytes(range(12))
 
 
@@ -94,6 +101,11 @@ READERS = {  # name of the file, what reads it, whole contents
     "data.npz": (lambda path: load_dataset(f"npz:{path}"), [npz(**DATA)]),
     "e.npy": (functools.partial(_mapped, "embeddings"), [npy(DATA["x"])]),
     "samples.npz": (load_samples, [npz(np.savez_compressed, given=LABELS)]),
+    "samples-of-run.npz": (
+        read_samples,
+        [npz(words=np.frombuffer(b'{"class_names": ["a", "b"], "files": []}', np.uint8), **RUN)],
+    ),
+    "decisions.json": (read_decisions, [json.dumps(DECISIONS).encode()]),
     "checkpoint.pt": (load_checkpoint, [checkpoint()]),
     "grid.json": (
         lambda path: read_grid(path.parent),
@@ -178,7 +190,9 @@ TREE = st.recursive(
 )
 
 
-@pytest.mark.parametrize("name", ["y.json", "grid.json", "cells.jsonl", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["y.json", "grid.json", "cells.jsonl", "run.json", "decisions.json"]
+)
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_json_of_another_form_is_refused_by_name(tmp_path, name, data):
@@ -268,6 +282,7 @@ CLAIMS = {
     "y.npz": [zipped(npy_claiming((HUGE,)))],
     "data.npz": [zipped(npy_claiming((HUGE,)), "x.npy")],
     "samples.npz": [zipped(npy_claiming((2**62,), "<f8"))],
+    "samples-of-run.npz": [zipped(npy_claiming((2**62,), "<f8"), "words.npy")],
     "e.npy": [npy_claiming((HUGE, 1)), npy_claiming((2**32, 2**32))],
     "checkpoint.pt": [checkpoint_claiming()],
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from als_ext.compare.figures import detected
-from als_ext.data.arrays import read_arrays
+from als_ext.data.arrays import read_npz
 from als_ext.io import atomic_open
 from als_ext.trainer import TrainResult
 
@@ -66,7 +66,4 @@ def load_samples(path: Path) -> dict[str, npt.NDArray[Any]] | None:
     """The arrays of :func:`save_samples`; what was not known is left out. None without the file."""
     if not path.is_file():
         return None
-    arrays = read_arrays(path)
-    if isinstance(arrays, np.ndarray):
-        raise ValueError(f"{path}: expected an npz file, got a single array, as an npy file holds")
-    return arrays
+    return read_npz(path)

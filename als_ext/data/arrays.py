@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
-__all__ = ["map_array", "read_arrays"]
+__all__ = ["map_array", "read_arrays", "read_npz"]
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an archive without members
@@ -114,6 +114,14 @@ def read_arrays(
                 content = archive.read(member)  # checks the sum
                 arrays[name] = _read_array(io.BytesIO(content), len(content))
         return arrays
+
+
+def read_npz(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an npz file by name; errors as :func:`read_arrays`."""
+    arrays = read_arrays(path)
+    if isinstance(arrays, np.ndarray):
+        raise ValueError(f"{path}: expected an npz file, got a single array, as an npy file holds")
+    return arrays
 
 
 def map_array(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
