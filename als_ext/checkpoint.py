@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,9 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         path: the file; its folder must exist.
         state: tensors, numbers, strings and containers of them (what ``weights_only`` loads).
 
+    Raises:
+        OSError: the disk is full, or the folder is read-only; the message names ``path``.
+
     Example:
         >>> import pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "checkpoint.pt"
@@ -36,7 +38,13 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         3
     """
     with atomic_open(path, overwrite=True) as file:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        except RuntimeError as error:
+            # Its writer ends the archive after a failed write, too, and hides why that failed.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -55,15 +63,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: expected a file, got none at {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not check the sums
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        raise ValueError(
-            f"checkpoint: expected a whole checkpoint file, got a truncated or damaged one at "
-            f"{path} ({type(error).__name__})"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch.load does not check the sums
+                damaged = archive.testzip()
+            file.seek(0)
+            state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # neither zipfile nor torch says what a damaged file may raise
+            raise ValueError(
+                f"checkpoint: expected a whole checkpoint file, got a truncated or damaged one at "
+                f"{path} ({type(error).__name__})"
+            ) from error
     if damaged:
         raise ValueError(f"checkpoint: {path} is damaged: wrong checksum of {damaged}")
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_open", "atomic_write_bytes", "atomic_write_text"]
+__all__ = [
+    "atomic_open",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "named_errors",
+    "remove_left_overs",
+]
+
+_LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
 
 def _refuse_existing(path: Path) -> None:
@@ -32,6 +41,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove_left_overs(folder: Path) -> None:
+    """Remove the temporary files of :func:`atomic_open` that a killed process left in a folder."""
+    for file in folder.glob(".*.tmp"):
+        if _LEFT_OVER.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Make errors of the system name ``path``: those of a write (a full disk) name nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in {None, str(temporary)}:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 @contextlib.contextmanager
 def atomic_open(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Open a binary file that appears under its name whole, or not at all.
@@ -52,6 +79,7 @@ def atomic_open(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         FileExistsError: ``path`` exists and ``overwrite`` is false.
         FileNotFoundError: the folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
+        OSError: the disk is full, or the folder is read-only; the message names ``path``.
 
     Note:
         With ``overwrite=False`` a file that another process creates between the last check and the
@@ -77,18 +105,19 @@ def atomic_open(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     # os.open rather than tempfile: the file gets the usual permissions (0666 less the umask), not
     # 0600.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if not overwrite:
-            _refuse_existing(target)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    with named_errors(target, temporary):
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if not overwrite:
+                _refuse_existing(target)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what went wrong first is what matters
+                temporary.unlink()
+            raise
     _sync_folder(target.parent)
 
 

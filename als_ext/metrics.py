@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from als_ext.io import atomic_write_text
+from als_ext.io import atomic_write_text, named_errors
 
 Record = dict[str, int | float | None]
 
@@ -129,7 +129,7 @@ class MetricsWriter:
     def append(self, record: Record) -> None:
         """Add a record (keys: ``FIELDS``) to both files."""
         for path, line in ((self._json, self._json_line), (self._csv, self._csv_line)):
-            with path.open("a", encoding="utf-8", newline="") as file:
+            with named_errors(path), path.open("a", encoding="utf-8", newline="") as file:
                 file.write(line(record))
 
     @staticmethod

@@ -26,6 +26,7 @@ from als_ext.config import RESUME_MAY_CHANGE, TrainConfig
 from als_ext.correction import labels_digest
 from als_ext.data import IndexedDataset, TensorBatches, as_labels
 from als_ext.embedding import make_embedder
+from als_ext.io import remove_left_overs
 from als_ext.loader import LoaderBatches
 from als_ext.methods import METHODS, Task
 from als_ext.metrics import FIELDS, FILES, MetricsWriter, Record, label_metrics
@@ -37,6 +38,10 @@ from als_ext.weights import SampleWeights
 # The activations of a larger batch are more than malloc keeps: on a CPU each is paged in anew.
 _EVAL_BATCH = 256
 CHECKPOINT = "checkpoint.pt"
+_SAVED = (  # in a checkpoint
+    *("config", "data", "model", "method", "batches"),
+    *("labels", "losses", "history", "rng", "seconds"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,9 +321,13 @@ class Trainer:
                         "it; resume it or choose another"
                     )
         self._out.mkdir(parents=True, exist_ok=True)
-        for left_over in self._out.glob(f".{CHECKPOINT}.*.tmp"):  # of a killed run
-            left_over.unlink()
-        return load_checkpoint(checkpoint) if checkpoint.exists() else None
+        remove_left_overs(self._out)
+        if not checkpoint.exists():
+            return None
+        saved = load_checkpoint(checkpoint)
+        if missing := [name for name in _SAVED if name not in saved]:
+            raise ValueError(f"checkpoint: {checkpoint} is damaged: it lacks {missing[0]!r}")
+        return saved
 
     def embeddings(self) -> Tensor:
         """Embeddings float32 [n, D] of the training samples of ``fit``, in order, on the device."""

@@ -13,6 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # goes before the checkout's.
 sys.path += [folder for folder in (str(ROOT), str(ROOT / "tests")) if folder not in sys.path]
 
+try:
+    from hypothesis import settings
+except ImportError:  # tests of the build alone run without it
+    pass
+else:
+    # The same examples in every run; HYPOTHESIS_PROFILE=search looks for new ones. Without a
+    # deadline: a busy machine is no error.
+    settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+    settings.register_profile("search", deadline=None)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
 
 def pytest_report_header():
     info = als_ext.build_info()

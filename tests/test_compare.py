@@ -668,7 +668,8 @@ names = {"d": "d"}
 grid = make_grid(names, names, {"m": Variant("erm")}, range(2000), {})
 store = Store(Path(sys.argv[1]), grid)
 for cell in store.pending:
-    store.add(cell, {"status": "done", "padding": "x" * 20_000})
+    facts = {"settings": {}, "versions": {}, "model": "m", "device": "cpu", "clean_per_class": 0}
+    store.add(cell, {"status": "done", **facts, "padding": "x" * 20_000})
 """
 
 
@@ -757,7 +758,8 @@ def test_kill_9_inside_a_cell_and_going_on_gives_the_unbroken_figures(tmp_path, 
         trained_before[folder] = torch.load(folder / "checkpoint.pt", weights_only=True)["history"]
         assert 0 < len(trained_before[folder]) < 8
     assert kept
-    (tmp_path / ".cells.jsonl.1.tmp").write_text("half a li")  # as a kill at the worst moment would
+    left_over = tmp_path / f".cells.jsonl.{'0' * 16}.tmp"
+    left_over.write_text("half a li")  # as a kill at the worst moment would
     done("--out", tmp_path)
     assert lines(tmp_path)[: len(kept)] == kept
     assert [without_time(line) for line in lines(tmp_path)] == unbroken

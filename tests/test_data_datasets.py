@@ -248,7 +248,7 @@ def test_bad_npz(tmp_path, arrays, message):
 
 
 def test_npz_never_unpickles(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.npz: not a readable npz file without pickle"):
+    with pytest.raises(ValueError, match=r"data\.npz: not a readable numpy file without pickle"):
         load_dataset(npz(tmp_path, x_train=X, y_train=np.array([{}], dtype=object)))
 
 
@@ -258,10 +258,10 @@ def test_npz_missing_truncated_or_npy(tmp_path):
     spec = npz(tmp_path, x_train=X, y_train=Y)
     path = tmp_path / "data.npz"
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"data\.npz: not a readable npz"):
+    with pytest.raises(ValueError, match=r"data\.npz: not a readable numpy file"):
         load_dataset(spec)
     np.save(tmp_path / "x.npy", X)
-    with pytest.raises(ValueError, match=r"x\.npy: not a readable npz .*single array"):
+    with pytest.raises(ValueError, match=r"x\.npy: expected an npz file, got a single array"):
         load_dataset(f"npz:{tmp_path / 'x.npy'}")
 
 

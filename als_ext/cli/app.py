@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 1 failure (with a traceback), 2 wrong usage or bad input (one line on
-        stderr), 130 interrupted.
+        stderr), 130 interrupted. A full disk is a failure in one line.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return BAD_INPUT
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, OSError) or error.filename is None or "--traceback" in words:
+            traceback.print_exc()  # a full disk is nothing that the code could do better
         _say(f"{type(error).__name__}: {error}")
         return FAILURE
     if code == INTERRUPTED:

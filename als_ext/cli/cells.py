@@ -28,7 +28,7 @@ from als_ext.compare.grid import Cell, Variant
 from als_ext.compare.samples import SAMPLES_FILE, map_rows, save_samples
 from als_ext.compare.store import Result
 from als_ext.embedding import make_embedder
-from als_ext.io import atomic_write_text
+from als_ext.io import atomic_write_text, remove_left_overs
 from als_ext.methods import METHODS
 from als_ext.trainer import CHECKPOINT
 
@@ -102,8 +102,7 @@ def train(job: Job, progress: bool | Progress = False) -> Result:
 def attempt(job: Job, progress: bool | Progress = False) -> Result:
     """``train``, or what went wrong: one line in the result, the traceback in the folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    for left_over in job.folder.glob(".*.tmp"):  # of a killed process
-        left_over.unlink()
+    remove_left_overs(job.folder)
     (job.folder / ERROR_FILE).unlink(missing_ok=True)
     try:
         return train(job, progress)

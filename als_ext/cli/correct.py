@@ -14,6 +14,7 @@ import typer
 
 from als_ext.correction import CorrectionResult, correct_labels
 from als_ext.data import read_labels
+from als_ext.data.arrays import map_array
 from als_ext.io import atomic_open
 from als_ext.ops._checks import check_int
 
@@ -99,9 +100,9 @@ def _mapped(name: str, path: Path) -> npt.NDArray[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected a file, got none at {path}")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{name}: expected a whole npy file, got {path} ({error})") from error
-    if not isinstance(array, np.ndarray) or array.ndim == 0:
+        array = map_array(path)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a whole npy file, got {error}") from error
+    if array.ndim == 0:
         raise ValueError(f"{name}: expected an npy file with one array, got {path}")
     return array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from als_ext.cli.training import (
     use_threads,
 )
 from als_ext.data import write_labels
-from als_ext.io import atomic_write_text
+from als_ext.io import atomic_write_text, remove_left_overs
 from als_ext.ops._checks import check_int
 from als_ext.report.run_folder import RESULT_FILE, SAMPLES_FILE, SETTINGS_FILE
 from als_ext.report.samples import RunSamples, write_samples
@@ -142,8 +143,10 @@ def run(
         for name in settings["method"]
     }
     use_threads(threads, trainers.values())
-    if out is not None and not resume:
+    if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(out)
+    if out is not None and not resume:
         _write_json(out / SETTINGS_FILE, {"version": __version__, "settings": settings})
     result = describe(settings, data, next(iter(trainers.values())))
     try:
@@ -168,7 +171,7 @@ def run(
 def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str, Any]:
     """Given settings over defaults, or those of the run to resume."""
     if not resume:
-        if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out is not None and out.exists() and (not out.is_dir() or any(_strange(out))):
             raise FileExistsError(
                 f"out: expected a new or an empty folder, got {out}; --resume goes on with the "
                 "run in it"
@@ -181,10 +184,17 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
         raise FileNotFoundError(f"resume: expected the folder of a run, got no {file}")
     try:
         saved = json_module.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"resume: {file} is damaged ({type(error).__name__})") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"resume: {file} is damaged: expected settings by name")
     check_same_settings({name: saved.get(name) for name in given}, given)
     return {**DEFAULTS, **saved}
+
+
+def _strange(out: Path) -> Iterator[Path]:
+    """What is in the folder, but for what a run killed before it had written its settings left."""
+    return (file for file in out.iterdir() if not file.name.startswith(f".{SETTINGS_FILE}."))
 
 
 def _write_labels(folder: Path, done: TrainResult, data: RunData) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,4 +126,4 @@ def aggregate(results: Iterable[Result]) -> list[Row]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # NaN is not

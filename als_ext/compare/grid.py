@@ -13,8 +13,16 @@ from typing import Any
 from als_ext.checkpoint import check_same_settings
 from als_ext.data import parse_noise
 from als_ext.data.download import SOURCES
+from als_ext.ops._checks import check_int
 
+AXES = ("datasets", "noises", "methods")  # of a grid, in the order of a cell's names
 DATASET_KINDS = ("digits", *SOURCES, "npz:FILE", "folder:DIR")
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuse a value of a file that has another type, by TypeError."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
 
 
 def slug(*names: str) -> str:
@@ -35,6 +43,11 @@ class Cell:
     noise: str
     method: str
     seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "noise", "method"):
+            check_type(name, getattr(self, name), str)
+        check_int("seed", self.seed, low=0)
 
     def __str__(self) -> str:
         return f"{self.dataset} {self.noise} {self.method} seed {self.seed}"
@@ -97,13 +110,30 @@ class Grid:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Grid:
-        """What ``to_dict`` returned."""
+        """What ``to_dict`` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: anything else.
+        """
+        for name in (*AXES, "settings"):
+            check_type(name, content[name], dict)
+        for name in ("datasets", "noises"):
+            for spec in content[name].values():
+                check_type(name, spec, str)
+        for entry in content["methods"].values():
+            check_type("method", entry["method"], str)
+            check_type("settings", entry["settings"], dict)
+        cells = tuple(Cell(*values) for values in content["cells"])
+        for cell in cells:
+            for axis, name in zip(AXES, dataclasses.astuple(cell)[:3], strict=True):
+                if name not in content[axis]:
+                    raise ValueError(f"{axis}: expected {name!r}, which {cell} needs")
         return cls(
             datasets=content["datasets"],
             noises=content["noises"],
             methods={name: Variant(**entry) for name, entry in content["methods"].items()},
             settings=content["settings"],
-            cells=tuple(Cell(*values) for values in content["cells"]),
+            cells=cells,
         )
 
     @property

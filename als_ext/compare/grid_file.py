@@ -34,7 +34,7 @@ def read_grid_file(path: Path, options: tuple[str, ...]) -> dict[str, Any]:
         raise FileNotFoundError(f"grid: expected a file, got none at {path}")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError; [[[[...
         raise ValueError(f"grid: expected a TOML file, got {path} ({error})") from error
     found = {name.replace("-", "_"): value for name, value in content.items()}
     known = (*AXES, "seeds", *options, _OF_METHODS)
@@ -42,10 +42,12 @@ def read_grid_file(path: Path, options: tuple[str, ...]) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"grid: expected one of {', '.join(known)}, got {name!r} in {path}")
         if name in AXES:
-            found[name] = _texts(name, value)
+            found[name] = _texts(name, value, path)
     tables = found.get(_OF_METHODS, {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
-        raise ValueError("settings: expected a table for each method, as in [settings.gce]")
+        raise ValueError(
+            f"settings: expected a table for each method, as in [settings.gce], in {path}"
+        )
     methods = found.get("method", [])
     if strange := sorted(tables.keys() - set(methods)):
         raise ValueError(
@@ -55,8 +57,8 @@ def read_grid_file(path: Path, options: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _texts(name: str, value: Any) -> list[str]:
+def _texts(name: str, value: Any, path: Path) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise ValueError(f"{name}: expected a text or a list of texts, got {value!r}")
+        raise ValueError(f"{name}: expected a text or a list of texts, got {value!r} in {path}")
     return values

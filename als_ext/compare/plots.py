@@ -141,8 +141,11 @@ def _curves(folder: Path, cells: Iterable[Cell]) -> Iterator[list[float]]:
         path = folder / CELLS_FOLDER / cell.slug / FILES[0]
         if not path.is_file():
             continue
-        lines = path.read_text(encoding="utf-8").splitlines()
-        curve = [json.loads(line)["test_accuracy"] for line in lines]
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            curve = [json.loads(line)["test_accuracy"] for line in lines]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"out: {path} is damaged ({type(error).__name__})") from error
         if None not in curve:
             yield curve
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from als_ext.compare.figures import detected
+from als_ext.data.arrays import read_npz
 from als_ext.io import atomic_open
 from als_ext.trainer import TrainResult
 
@@ -65,5 +66,4 @@ def load_samples(path: Path) -> dict[str, npt.NDArray[Any]] | None:
     """The arrays of :func:`save_samples`; what was not known is left out. None without the file."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    return read_npz(path)

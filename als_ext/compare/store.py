@@ -9,8 +9,8 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-from als_ext.compare.grid import Cell, Grid
-from als_ext.io import atomic_write_text
+from als_ext.compare.grid import Cell, Grid, check_type
+from als_ext.io import atomic_write_text, remove_left_overs
 
 try:
     import fcntl
@@ -41,13 +41,29 @@ def read_grid(folder: Path) -> Grid | None:
         return None
     try:
         return Grid.from_dict(json.loads(file.read_text(encoding="utf-8"))["grid"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"out: {file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def cell_of(result: Result) -> Cell:
     """The cell that a line belongs to."""
     return Cell(**{name: result[name] for name in _NAMES})
+
+
+def _check_result(result: Result) -> None:
+    """Refuse a line without what the tables read, by KeyError or TypeError."""
+    if result["status"] == "failed":
+        check_type("error", result["error"], str)
+    elif result["status"] == "done":
+        check_type("settings", result["settings"], dict)
+        check_type("versions", result["versions"], dict)
+        for name, version in result["versions"].items():
+            check_type(f"version of {name}", version, str)
+        for name in ("model", "device", "clean_per_class"):
+            if name not in result:
+                raise KeyError(name)
+    else:
+        raise ValueError(f"status: expected done or failed, got {result['status']!r}")
 
 
 def read_results(folder: Path) -> dict[Cell, Result]:
@@ -60,15 +76,18 @@ def read_results(folder: Path) -> dict[Cell, Result]:
     found: dict[Cell, Result] = {}
     if not file.is_file():
         return found
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             result = json.loads(line)
             cell = cell_of(result)
-            done = result["status"] in {"done", "failed"}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"out: line {number} of {file} is no result of a cell") from error
-        if not done or cell in found:
-            raise ValueError(f"out: line {number} of {file} is no result or the second of a cell")
+            _check_result(result)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"out: line {number} of {file} is no result of a cell "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if cell in found:
+            raise ValueError(f"out: line {number} of {file} is the second of {cell}")
         found[cell] = result
     return found
 
@@ -92,8 +111,7 @@ class Store:
         self.results = read_results(folder)
         if strange := self.results.keys() - set(grid.cells):
             raise ValueError(f"out: {self._file} has {min(map(str, strange))}, {GRID_FILE} has not")
-        for left_over in folder.glob(".*.tmp"):  # of a killed process
-            left_over.unlink()
+        remove_left_overs(folder)
         content = json.dumps({"grid": grid.to_dict()}, indent=2, allow_nan=False) + "\n"
         atomic_write_text(folder / GRID_FILE, content, overwrite=True)
 

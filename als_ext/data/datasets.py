@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from als_ext.data.arrays import read_npz
 from als_ext.data.download import SOURCES, RemoteDataset, fetch
 from als_ext.data.folder import read_image_folder
 from als_ext.data.idx import read_idx
@@ -192,17 +192,6 @@ def _load_idx(name: str, data_dir: str | os.PathLike[str] | None, download: bool
     )
 
 
-def _npz_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds a single array, as an npy file does")
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable npz file without pickle ({error})") from error
-
-
 def _npz_inputs(arrays: dict[str, npt.NDArray[Any]], key: str, path: Path) -> Tensor:
     array = arrays[key]
     if array.ndim not in (2, 3, 4) or len(array) == 0:
@@ -243,7 +232,7 @@ def _npz_class_names(
 
 
 def _load_npz(spec: str, path: Path) -> ArrayDataset:
-    arrays = _npz_arrays(path)
+    arrays = read_npz(path)
     has_pair = {"x_train", "y_train"} <= arrays.keys()
     if not has_pair and not {"x", "y"} <= arrays.keys():
         raise ValueError(

@@ -80,8 +80,7 @@ def _open(path: Path) -> Image.Image:
             return image.convert(_MODES[image.mode])
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports some damaged PNG files by SyntaxError.
+    except Exception as error:  # Pillow does not say what its formats may raise
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 

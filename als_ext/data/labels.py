@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from als_ext.data.arrays import read_arrays
 from als_ext.io import atomic_open
 
 __all__ = ["as_labels", "read_labels", "write_labels"]
@@ -80,7 +80,7 @@ def as_labels(
 def _read_json(path: Path) -> npt.NDArray[np.int64]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; [[[[...
         raise ValueError(f"{path}: not a JSON file ({error})") from error
     values = content.get("labels") if isinstance(content, dict) else content
     if not isinstance(values, list):
@@ -164,26 +164,12 @@ def _read_csv(path: Path) -> npt.NDArray[np.int64]:
 
 
 def _read_npy(path: Path) -> npt.NDArray[Any]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable numpy file without pickle ({error})") from error
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        keys = list(loaded.files)
-        key = keys[0] if len(keys) == 1 else "labels"
-        if key not in keys:
-            raise ValueError(
-                f"{path}: expected an array named labels or a single array, got {keys}"
-            )
-        try:
-            array: npt.NDArray[Any] = loaded[key]
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path}: array {key!r} is not readable without pickle ({error})"
-            ) from error
-        return array
+    arrays = read_arrays(path, only="labels")
+    if isinstance(arrays, np.ndarray):
+        return arrays
+    if not arrays:
+        raise ValueError(f"{path}: expected an array named labels or a single array, got none")
+    return next(iter(arrays.values()))
 
 
 def _suffix(path: Path) -> str:

@@ -75,7 +75,7 @@ def _read_json(file: Path, expected: str) -> dict[str, Any]:
         raise FileNotFoundError(f"run: expected {expected}; got no {file}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"run: {file} is damaged ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"run: {file} is damaged: expected an object, got {content!r:.40}")
@@ -88,7 +88,7 @@ def _read_history(file: Path) -> list[Record]:
     try:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [{name: _number(record[name]) for name in FIELDS} for record in records]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"run: {file} is damaged ({type(error).__name__}: {error})") from error
 
 

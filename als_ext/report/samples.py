@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from als_ext.data.arrays import read_npz
 from als_ext.io import atomic_open
 
 Array = NDArray[Any]
@@ -143,16 +142,13 @@ def read_samples(path: str | os.PathLike[str]) -> RunSamples:
     if not path.is_file():
         raise FileNotFoundError(f"samples: expected a file, got none at {path}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = read_npz(path)
         words = json.loads(arrays.pop("words").tobytes())
         names, files = (tuple(map(str, words[name])) for name in ("class_names", "files"))
         found: dict[str, Any] = {name: _widen(name, arrays.get(name)) for name in _KINDS}
         return RunSamples(class_names=names, files=files, **found)
-    except (ValueError, TypeError, KeyError, EOFError, OSError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"samples: {path} is damaged or no file of a run ({error})") from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise ValueError(f"samples: {path} is damaged ({error})") from error
 
 
 def _widen(name: str, values: Array | None) -> Array | None:
