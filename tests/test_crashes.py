@@ -317,6 +317,8 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_no_traceback(source, unbroken, tmp
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What a shell starts in the background, as these tests may be, is deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 300
     while not list(tmp_path.rglob("checkpoint.pt")):
