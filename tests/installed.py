@@ -30,7 +30,7 @@ assert (corrected.new_label == truth).double().mean() > 0.99
 
 rows: NDArray[np.float32] = x.numpy()
 again = als_ext.correct_labels(rows, labels.numpy())
-assert_type(again, CorrectionResult[NDArray[np.float32]])
+assert_type(again, CorrectionResult[NDArray[np.generic]])
 assert np.array_equal(again.new_label, corrected.new_label.numpy())
 
 distance, neighbours = ops.knn(x, x, k=5, exclude_self=True)
@@ -44,7 +44,7 @@ model = torch.nn.Linear(8, 3)
 optimizer = ALSO(model.parameters(), n=len(x), lr=0.01)
 loss, losses = ops.weighted_loss(model(x), labels, optimizer.loss_weight(torch.arange(900)))
 assert_type((loss, losses), tuple[Tensor, Tensor])
-loss.backward()
+loss.backward()  # type: ignore[no-untyped-call]
 optimizer.step(index=torch.arange(900), losses=losses)
 assert_type(ops.sample_loss(model(x), labels, loss="gce", q=0.7), Tensor)
 
