@@ -80,4 +80,5 @@ if rank == 0:
     print(f"test accuracy {right.double().mean():.3f}, good labels: 0.6 -> {good:.3f}")
 assert right.double().mean() > 0.9
 assert good > 0.9
+del spread, optimizer  # they hold the group
 dist.destroy_process_group()
