@@ -54,13 +54,13 @@ class AlsLc(Correcting, Also, name="als-lc"):
     """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
 
     Where the samples are images the embedding is first learned without labels, so wrong ones cannot
-    bend it, and a first correction comes before the first step on labels. Up to the second one,
-    ``warmup`` epochs later, the *given* labels are trained on through the noise channel that the
-    first one found (:mod:`als_ext.forward`): what neighbours in an embedding without labels get
-    wrong they get wrong for whole regions, and a network would learn that. From then on the
-    corrected labels are trained on. Later corrections get the network's embeddings, its
-    predictions as a first guess, and log pi as the scores; pi of relabelled samples starts again,
-    since its history belongs to the old label.
+    bend it, and a first correction comes before the first step on labels. For ``warmup`` epochs
+    after it the *given* labels are trained on through the noise channel that it found
+    (:mod:`als_ext.forward`): what neighbours in an embedding without labels get wrong they get
+    wrong for whole regions, and a network would learn that. From then on the corrected labels are
+    trained on. Later corrections get the network's embeddings, its predictions as a first guess,
+    and log pi as the scores; pi of relabelled samples starts again, since its history belongs to
+    the old label.
     """
 
     Settings = AlsLcSettings
@@ -79,7 +79,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
             )
         self._pretrain = (EPOCHS if task.images else 0) if wanted is None else wanted
         self._finished = 0  # epochs
-        self._channel: LocalChannel | None = None  # between the first correction and the second
+        self._channel: LocalChannel | None = None  # in the warm-up after epochs without labels
         embed = make_embedder(task.model, task.config.embedding)
         self._contrast = Contrast(task.model.parameters(), embed, task.device, self.amp)
 
@@ -109,7 +109,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
         return half_cosine(config.lr, step - warmup, config.epochs * steps_per_epoch - warmup)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """As they are up to the second correction: without labels each step makes two views of
+        """As they are up to the end of the warm-up: without labels each step makes two views of
         them, and through the noise channel views only slow the network down."""
         return super().inputs(x) if self._on_labels() and self._channel is None else x
 
@@ -125,9 +125,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
         """A step of ALSO on the given labels through the noise channel."""
         with self.amp.autocast():
             logits: Tensor = self.task.model(x)
-        likelihood = channel.log_likelihood(index)
-        joint = logits.detach().float() + likelihood
-        losses = logits.detach().float().logsumexp(dim=1) - joint.logsumexp(dim=1)
+        values = logits.detach().float()
+        joint = values + channel.log_likelihood(index)
+        losses = values.logsumexp(dim=1) - joint.logsumexp(dim=1)
         # cross entropy with the posterior has the gradient of these losses
         weight = self.optimizer.loss_weight(index)
         total, _ = weighted_loss(logits, joint.softmax(dim=1), weight)
@@ -140,7 +140,10 @@ class AlsLc(Correcting, Also, name="als-lc"):
         self._finished = epoch
         if epoch == self._pretrain:
             self._contrast.clear()
-        return super().after_epoch(epoch, losses)
+        record = super().after_epoch(epoch, losses)
+        if epoch == self._pretrain + self.task.config.warmup:
+            self._channel = None  # also where corrections ended with the first one
+        return record
 
     def due(self, epoch: int) -> bool:
         """Right after the epochs without labels, then as without them."""
@@ -153,7 +156,6 @@ class AlsLc(Correcting, Also, name="als-lc"):
         if self.learns_labels(epoch):
             guess = self._guess() if self._pretrain else None
             result = self.corrector.step(self.task.embeddings(), self.scores(), epoch, guess)
-            self._channel = None
         else:
             result = self.corrector.step(self._without_labels(), None, epoch)
             given = self.corrector.original.to(self.task.device)

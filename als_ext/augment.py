@@ -83,7 +83,7 @@ class RandomShift:
         _check_images(images)
         if images.numel() == 0:
             return images
-        view = images
+        view, background = images, images.amin()
         for dim in (2, 3):
             side = images.shape[dim]
             most = int(self.shift * side)
@@ -93,7 +93,7 @@ class RandomShift:
             shape[dim] = side
             inside = ((at >= 0) & (at < side)).view(shape)
             at = at.clamp(0, side - 1).view(shape)
-            view = view.gather(dim, at.expand(view.shape)).where(inside, images.amin())
+            view = view.gather(dim, at.expand(view.shape)).where(inside, background)
         return view
 
 

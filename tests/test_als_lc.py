@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import interpolate, normalize, one_hot
 
-from als_ext import LabelCorrector, TrainConfig, Trainer, correct_labels, pretrain
+from als_ext import (
+    CorrectionConfig,
+    LabelCorrector,
+    TrainConfig,
+    Trainer,
+    correct_labels,
+    pretrain,
+)
 from als_ext.als_lc import AlsLc, _few_pixels
 from als_ext.augment import RandomAffine, RandomShift
 from als_ext.checkpoint import load_checkpoint
@@ -176,6 +183,30 @@ def test_the_warm_up_goes_through_the_noise_channel(monkeypatch):
     run = trainer(epochs=3, warmup=2, settings={"pretrain": 1})
     run.fit(x, given)
     assert sum(seen) == 2 * N
+    assert run._method._channel is None
+
+
+def test_the_warm_up_ends_where_the_first_correction_changes_nothing(monkeypatch):
+    """Corrections have converged with it; shifted images and plain labels still come."""
+    x, _, true = digits()
+    through, shifted = [], []
+    original, shift = AlsLc._step_through, RandomShift.__call__
+
+    def noting(self, channel, x, index):
+        through.append(len(index))
+        return original(self, channel, x, index)
+
+    def counting(self, images):
+        shifted.append(len(images))
+        return shift(self, images)
+
+    monkeypatch.setattr(AlsLc, "_step_through", noting)
+    monkeypatch.setattr(RandomShift, "__call__", counting)
+    settings = CorrectionConfig(stop_share=1.0)
+    run = trainer(epochs=3, correction=settings, settings={"pretrain": 1})
+    history = run.fit(x, true).history
+    assert [record["suspects"] is not None for record in history] == [True, False, False, False]
+    assert (sum(through), sum(shifted)) == (N, 2 * N)
     assert run._method._channel is None
 
 
