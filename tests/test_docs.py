@@ -14,10 +14,10 @@ import importlib.util
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 from pathlib import Path
 
-import launched
 import pytest
 
 import als_ext
@@ -47,8 +47,13 @@ def test_blocks_run(page, tmp_path, monkeypatch):
         elif kind == "python":
             exec(compile(code, str(page), "exec"), namespace)
         elif kind == "bash" and key != "ci":
-            done = launched.run(
-                ["bash", "-euo", "pipefail", "-c", code], env={**os.environ, "PATH": path}
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", code],
+                env={**os.environ, "PATH": path},
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
             )
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         elif kind == "bash":

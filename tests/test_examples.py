@@ -1,9 +1,9 @@
 """Every example runs, and its own assertions hold."""
 
+import subprocess
 import sys
 from pathlib import Path
 
-import launched
 import pytest
 
 NEEDS = {  # optional packages; .ci/run installs them
@@ -24,8 +24,13 @@ def test_example_runs(example, tmp_path):
     if example.name in NEEDS:
         package = NEEDS[example.name]
         pytest.importorskip(package, reason=f"needs the extra als_ext[{package}]")
-    done = launched.run(
-        [sys.executable, *LAUNCHERS.get(example.name, []), str(example)], cwd=tmp_path
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS.get(example.name, []), str(example)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
