@@ -61,6 +61,18 @@ def test_decisions_are_applied(write):
     assert nothing.apply(GIVEN, 3, base).tolist() == base.tolist()
 
 
+@pytest.mark.parametrize("decision", ["accept", "reject"])
+def test_an_old_label_that_nobody_gave_is_refused(write, decision):
+    """A rejection would write it into the labels."""
+    found = read_decisions(write(entry(old=2, decision=decision)))
+    with pytest.raises(ValueError, match="expected 1, the given label, as old label of row 1, got"):
+        found.apply(GIVEN, 3)
+    corrector = LabelCorrector(GIVEN, 3)
+    with pytest.raises(ValueError, match="as old label of row 1, got 2"):
+        corrector.decide(found)
+    assert torch.equal(corrector.labels, GIVEN)
+
+
 def test_decisions_about_other_labels_are_refused(write):
     decisions = read_decisions(write(content()))
     with pytest.raises(ValueError, match="about 4 samples of 3 classes, got some about 5 of 3"):

@@ -73,7 +73,8 @@ class Decisions:
             num_classes: number of classes.
 
         Raises:
-            ValueError: another number of labels or classes, or other labels.
+            ValueError: another number of labels or classes, other labels, or an old label that is not
+                the given one of its row.
         """
         asked, own = (len(given), num_classes), (self.samples, self.num_classes)
         if asked != own:
@@ -85,6 +86,14 @@ class Decisions:
             raise ValueError(
                 "decisions: expected those about these labels, got some about other given labels "
                 "(another noise, seed or data set?)"
+            )
+        own_label = given.cpu()[self.row]
+        wrong = (own_label != self.old).nonzero()[:, 0]
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"decisions: expected {int(own_label[at])}, the given label, as old label of row "
+                f"{int(self.row[at])}, got {int(self.old[at])}"
             )
 
     def apply(self, given: Tensor, num_classes: int, base: Tensor | None = None) -> Tensor:
