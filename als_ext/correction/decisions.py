@@ -73,8 +73,8 @@ class Decisions:
             num_classes: number of classes.
 
         Raises:
-            ValueError: another number of labels or classes, other labels, or an old label that is not
-                the given one of its row.
+            ValueError: another number of labels or classes, other labels, or an old label that is
+                not the given one of its row.
         """
         asked, own = (len(given), num_classes), (self.samples, self.num_classes)
         if asked != own:
