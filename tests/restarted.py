@@ -15,10 +15,9 @@ from als_ext.checkpoint import load_checkpoint, save_checkpoint
 
 STEPS, BREAK_AT = 12, 6
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+
+def main(folder: Path) -> None:
+    """What holds the group is gone when this returns: see docs/scale.md."""
     rank, size = dist.get_rank(), dist.get_world_size()
     x, y = also.data(torch.float64)
     model = also.network(torch.float64)
@@ -40,4 +39,10 @@ if __name__ == "__main__":
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(checkpoint, {**state, "step": at + 1})
     torch.save([first, also.state(model, optimizer)], folder / f"found{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    main(Path(sys.argv[1]))
     dist.destroy_process_group()
