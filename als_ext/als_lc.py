@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from als_ext.contrast import EPOCHS, Contrast
-from als_ext.correction import LabelCorrector
+from als_ext.correction import CorrectionResult, LabelCorrector
 from als_ext.embedding import make_embedder, principal_axes, project
 from als_ext.forward import LocalChannel
 from als_ext.methods import Also, Correcting, Relabels, Task
@@ -54,13 +54,16 @@ class AlsLc(Correcting, Also, name="als-lc"):
     """ALSO and label correction: pi scores the samples, neighbours in the embedding space vote.
 
     Where the samples are images the embedding is first learned without labels, so wrong ones cannot
-    bend it, and a first correction comes before the first step on labels. For ``warmup`` epochs
-    after it the *given* labels are trained on through the noise channel that it found
+    bend it, and a first correction comes before the first step on labels. From then on the *given*
+    labels are trained on through the noise channel that the last correction found
     (:mod:`als_ext.forward`): what neighbours in an embedding without labels get wrong they get
-    wrong for whole regions, and a network would learn that. From then on the corrected labels are
-    trained on. Later corrections get the network's embeddings, its predictions as a first guess,
-    and log pi as the scores; pi of relabelled samples starts again, since its history belongs to
-    the old label.
+    wrong for whole regions, and a network would learn that. After ``warmup`` epochs neighbours in
+    the network's own embedding vote, and what all of them agree on is trained on as well, with the
+    weight of the share of labels that are wrong: the less given labels say, the more. There is a
+    last vote after the last epoch; it and the first one start from the network's predictions.
+    Where the samples are no images there is no channel: corrected labels are trained on. Scores of
+    later corrections are log pi; pi of relabelled samples starts again, since its history belongs
+    to the old label.
     """
 
     Settings = AlsLcSettings
@@ -78,8 +81,14 @@ class AlsLc(Correcting, Also, name="als-lc"):
                 f"[n, C, H, W], H and W >= 12, got {wanted}"
             )
         self._pretrain = (EPOCHS if task.images else 0) if wanted is None else wanted
+        suspects = task.config.correction.suspects
+        if self._pretrain and suspects != "auto":
+            raise ValueError(
+                f"pretrain: expected 0 with correction.suspects={suspects!r}, since a correction "
+                f"before the first labels has no scores, got {self._pretrain}"
+            )
         self._finished = 0  # epochs
-        self._channel: LocalChannel | None = None  # in the warm-up after epochs without labels
+        self._channel: LocalChannel | None = None  # there is one after epochs without labels
         embed = make_embedder(task.model, task.config.embedding)
         self._contrast = Contrast(task.model.parameters(), embed, task.device, self.amp)
 
@@ -93,6 +102,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
 
     def _on_labels(self) -> bool:
         return self.learns_labels(self._finished + 1)
+
+    def _warm(self) -> bool:
+        return self._finished >= self._pretrain + self.task.config.warmup
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """A half cosine without labels, and after these, unless the rate is to be constant, one
@@ -109,28 +121,24 @@ class AlsLc(Correcting, Also, name="als-lc"):
         return half_cosine(config.lr, step - warmup, config.epochs * steps_per_epoch - warmup)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """As they are up to the end of the warm-up: without labels each step makes two views of
-        them, and through the noise channel views only slow the network down."""
-        return super().inputs(x) if self._on_labels() and self._channel is None else x
+        """As they are up to the end of the warm-up after epochs without labels: in these each step
+        makes two views of them, and in the warm-up views only slow the network down."""
+        return super().inputs(x) if self._warm() or not self._pretrain else x
 
     def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         """A step of contrastive learning, or of ALSO."""
+        if not self._on_labels():
+            return self._contrast.step(x, self.optimizer.param_groups[0]["lr"])
         if self._channel is not None:
             return self._step_through(self._channel, x, index)
-        if self._on_labels():
-            return super().step(x, label, index)
-        return self._contrast.step(x, self.optimizer.param_groups[0]["lr"])
+        return super().step(x, label, index)
 
     def _step_through(self, channel: LocalChannel, x: Tensor, index: Tensor) -> Tensor:
         """A step of ALSO on the given labels through the noise channel."""
         with self.amp.autocast():
             logits: Tensor = self.task.model(x)
-        values = logits.detach().float()
-        joint = values + channel.log_likelihood(index)
-        losses = values.logsumexp(dim=1) - joint.logsumexp(dim=1)
-        # cross entropy with the posterior has the gradient of these losses
-        weight = self.optimizer.loss_weight(index)
-        total, _ = weighted_loss(logits, joint.softmax(dim=1), weight)
+        losses, target = channel.losses(logits.detach(), index)
+        total, _ = weighted_loss(logits, target, self.optimizer.loss_weight(index))
         self.optimizer.zero_grad()
         self.amp.backward_and_step(total, self.optimizer, index=index, losses=losses)
         return losses
@@ -140,38 +148,48 @@ class AlsLc(Correcting, Also, name="als-lc"):
         self._finished = epoch
         if epoch == self._pretrain:
             self._contrast.clear()
-        record = super().after_epoch(epoch, losses)
-        if epoch == self._pretrain + self.task.config.warmup:
-            self._channel = None  # also where corrections ended with the first one
-        return record
+        return super().after_epoch(epoch, losses)
 
     def due(self, epoch: int) -> bool:
-        """Right after the epochs without labels, then as without them."""
-        if self._pretrain and epoch <= self._pretrain:
-            return epoch == self._pretrain
-        return super().due(epoch - self._pretrain)
+        """Without epochs without labels as ever. Else right after these, and after the last epoch
+        as well: no network has to learn from that one, so its labels are only for who asked."""
+        if not self._pretrain:
+            return super().due(epoch)
+        return epoch in (self._pretrain, self.epochs()) or super().due(epoch - self._pretrain)
 
     def relabels(self, epoch: int) -> Relabels:
         """A step of the corrector; before the first step on labels pi has nothing to say."""
-        if self.learns_labels(epoch):
-            guess = self._guess() if self._pretrain else None
-            result = self.corrector.step(self.task.embeddings(), self.scores(), epoch, guess)
-        else:
+        if not self.learns_labels(epoch):
             result = self.corrector.step(self._without_labels(), None, epoch)
-            given = self.corrector.original.to(self.task.device)
-            kept = None if self.task.kept is None else self.task.kept.to(self.task.device)
-            self._channel = LocalChannel(result, given, kept)
+            self._open(result, torch.zeros_like(result.share))
+        elif self._channel is None:
+            result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
+        else:
+            # In between the network has just learned what neighbours agreed on, at a high rate.
+            annealed = epoch in (self._pretrain + self.task.config.warmup, self.epochs())
+            guess = self._guess(self._channel) if annealed else None
+            result = self.corrector.step(self.task.embeddings(), self.scores(), epoch, guess)
+            wrong = 1.0 - result.channel.diagonal()[result.winner]
+            self._open(result, wrong.masked_fill(result.share < 1.0, 0.0))
         return Relabels(
             result.new_label, result.suspect, result.share, result.margin, result.neighbours
         )
 
-    def _guess(self) -> Tensor:
+    def _open(self, result: CorrectionResult[Tensor], trust: Tensor) -> None:
+        """Train through the channel of this correction, trusted by float32 [n]."""
+        given = self.corrector.original.to(self.task.device)
+        winner = result.winner
+        if self.task.kept is not None:
+            kept = self.task.kept.to(self.task.device)
+            winner = winner.index_copy(0, kept, given[kept])
+            trust = trust.index_fill(0, kept, 1.0)
+        self._channel = LocalChannel(result, given, winner, trust)
+
+    def _guess(self, channel: LocalChannel) -> Tensor:
         """What the network predicts for each sample. If it has lost a class on its way through the
         channel, which explains labels by other classes as well: what the correction before said."""
         predicted = self.task.collect(lambda x: self.predict(x).argmax(1))
-        if self._channel is None:
-            return predicted
-        before, classes = self._channel.winner, self.task.num_classes
+        before, classes = channel.winner, self.task.num_classes
         size = torch.bincount(before, minlength=classes)
         found = torch.bincount(before[predicted == before], minlength=classes)
         return before if bool((found < _LOST * size).any()) else predicted

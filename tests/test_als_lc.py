@@ -143,7 +143,7 @@ def test_labels_play_no_part_until_the_first_correction():
     measured = [record["test_accuracy"] is not None for record in result.history]
     corrected = [record["suspects"] is not None for record in result.history]
     assert measured == [False, False, True, True]
-    assert corrected == [False, True, True, False]
+    assert corrected == [False, True, True, True]  # after the last epoch as well
     rates = [record["lr"] for record in result.history]
     steps = 2 * math.ceil(N / 32)
     assert rates[0] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 7 / steps)), rel=1e-12)
@@ -161,53 +161,75 @@ def test_a_constant_learning_rate_has_no_phases():
     assert rates[2:] == [1e-3, 1e-3]
 
 
-def test_the_warm_up_goes_through_the_noise_channel(monkeypatch):
-    """Its labels are the given ones, also where a correction has changed them; then come those."""
-    x, given, _ = digits()
-    seen = []
-    original = AlsLc._step_through
+def channels(monkeypatch, run, x, given, **settings):
+    """The channels in the order of the steps through them, and all corrections."""
+    corrections, seen = [], []
+    correct, original = LabelCorrector.step, AlsLc._step_through
+
+    def keeping(self, *arguments):
+        corrections.append(correct(self, *arguments))
+        return corrections[-1]
 
     def noting(self, channel, x, index):
-        wanted = torch.where(
-            channel.winner == given,
-            channel._local,
-            channel._log_channel.T[given].gather(1, given[:, None])[:, 0],
-        )
-        found = channel.log_likelihood(index).gather(1, given[index, None])[:, 0]
-        assert torch.equal(found, wanted[index])  # of the given labels, corrected ones play no part
-        assert not torch.equal(self.task.labels, given)
-        seen.append(len(index))
+        assert not torch.equal(self.task.labels, given)  # corrected labels are there ...
+        assert channel._given.data_ptr() != self.task.labels.data_ptr()
+        assert torch.equal(channel._given, given)  # ... and play no part
+        seen.append(channel)
         return original(self, channel, x, index)
 
+    monkeypatch.setattr(LabelCorrector, "step", keeping)
     monkeypatch.setattr(AlsLc, "_step_through", noting)
+    run.fit(x, given, **settings)
+    return seen, corrections
+
+
+def test_given_labels_are_learned_through_the_channel_of_the_last_correction(monkeypatch):
+    """What all neighbours agree on is trusted by the share of wrong labels, after the warm-up."""
+    x, given, _ = digits(1000)  # six neighbours vote
     run = trainer(epochs=3, warmup=2, settings={"pretrain": 1})
-    run.fit(x, given)
-    assert sum(seen) == 2 * N
-    assert run._method._channel is None
+    seen, corrections = channels(monkeypatch, run, x, given)
+    steps = math.ceil(1000 / 32)
+    assert len(seen) == 3 * steps
+    assert len(corrections) == 3  # before labels, after the warm-up, at the end
+    for channel, result in ((seen[0], corrections[0]), (seen[-1], corrections[1])):
+        assert torch.equal(channel.winner, result.winner)
+        assert torch.equal(channel._log_channel, result.channel.log())
+    assert all(channel is seen[0] for channel in seen[: 2 * steps])
+    assert all(channel is seen[-1] for channel in seen[2 * steps :])
+    assert not seen[0]._trust.any()
+    agreed = corrections[1].share == 1
+    assert 250 < int(agreed.sum()) < 1000
+    right = corrections[1].channel.diagonal()[corrections[1].winner]
+    assert torch.equal(seen[-1]._trust, torch.where(agreed, 1 - right, 0.0))
+    assert float(seen[-1]._trust.max()) > 0.2  # .3 of the labels are wrong
 
 
-def test_the_warm_up_ends_where_the_first_correction_changes_nothing(monkeypatch):
-    """Corrections have converged with it; shifted images and plain labels still come."""
+def test_labels_that_are_kept_are_trusted_from_the_first_correction_on(monkeypatch):
+    x, given, true = digits()
+    kept = (given == true).nonzero()[:20, 0]
+    run = trainer(settings={"pretrain": 1})
+    seen, _ = channels(monkeypatch, run, x, given, kept=kept)
+    assert len(seen) == 2 * math.ceil(N / 32)
+    for channel in seen:
+        assert torch.equal(channel.winner[kept], given[kept])
+        assert torch.equal(channel._trust[kept], torch.ones(20))
+
+
+def test_views_come_after_the_warm_up_also_where_corrections_have_ended(monkeypatch):
     x, _, true = digits()
-    through, shifted = [], []
-    original, shift = AlsLc._step_through, RandomShift.__call__
-
-    def noting(self, channel, x, index):
-        through.append(len(index))
-        return original(self, channel, x, index)
+    shifted = []
+    shift = RandomShift.__call__
 
     def counting(self, images):
         shifted.append(len(images))
         return shift(self, images)
 
-    monkeypatch.setattr(AlsLc, "_step_through", noting)
     monkeypatch.setattr(RandomShift, "__call__", counting)
     settings = CorrectionConfig(stop_share=1.0)
     run = trainer(epochs=3, correction=settings, settings={"pretrain": 1})
     history = run.fit(x, true).history
     assert [record["suspects"] is not None for record in history] == [True, False, False, False]
-    assert (sum(through), sum(shifted)) == (N, 2 * N)
-    assert run._method._channel is None
+    assert sum(shifted) == 2 * N
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -235,10 +257,26 @@ def test_a_class_that_the_network_lost_is_not_forgotten(monkeypatch, lost):
     monkeypatch.setattr(LabelCorrector, "step", noting)
     monkeypatch.setattr(AlsLc, "predict", predict)
     trainer(epochs=2, settings={"pretrain": 1}).fit(x, given)
-    (first, nothing), (_, guess) = seen
+    (first, nothing), (_, guess), _ = seen
     assert nothing is None
     assert int((first == 3).sum()) > 4
     assert torch.equal(guess, first if lost else predicted())
+
+
+def test_the_guess_is_the_annealed_networks(monkeypatch):
+    """After the warm-up and after the last epoch, not in between."""
+    x, given, _ = digits()
+    seen = []
+    original = LabelCorrector.step
+
+    def noting(self, embeddings, scores=None, epoch=None, guess=None):
+        seen.append((epoch, guess is not None))
+        return original(self, embeddings, scores, epoch, guess)
+
+    monkeypatch.setattr(LabelCorrector, "step", noting)
+    correction = CorrectionConfig(stop_share=0.0)
+    trainer(epochs=4, correction=correction, settings={"pretrain": 1}).fit(x, given)
+    assert seen == [(1, False), (2, True), (3, False), (4, False), (5, True)]
 
 
 def test_without_epochs_without_labels_nothing_goes_through_the_channel(monkeypatch):
@@ -277,7 +315,7 @@ def test_first_neighbours_are_by_a_mean_of_two_cosines(monkeypatch):
     monkeypatch.setattr(LabelCorrector, "step", noting)
     run = trainer(settings={"pretrain": 1})
     run.fit(x, given)
-    assert seen == [(50 + 128, True, True), (128, False, False)]
+    assert seen == [(50 + 128, True, True), (128, False, False), (128, False, False)]
     both = run._method._without_labels().double()
     learned = normalize(run.embeddings().double(), dim=1)
     centred = x.flatten(1).double()
@@ -443,6 +481,16 @@ def test_samples_that_are_no_images_are_taken_as_they_are(monkeypatch):
         trainer(MLP((20,), CLASSES), settings={"pretrain": 2}).fit(x, given)
     with pytest.raises(ValueError, match="augment: expected floating images"):
         trainer(MLP((20,), CLASSES), augment="affine").fit(x, given)
+
+
+@pytest.mark.parametrize("suspects", ["score", 0.2])
+def test_suspects_by_score_want_scores_from_the_first_correction_on(suspects):
+    x, given, _ = digits()
+    correction = CorrectionConfig(suspects=suspects)
+    with pytest.raises(ValueError, match=r"pretrain: expected 0 with correction.suspects="):
+        trainer(correction=correction).fit(x, given)
+    settings = {"correction": correction, "settings": {"pretrain": 0}}
+    assert trainer(**settings).fit(x, given).history[0]["suspects"] > 0
 
 
 def test_settings_are_checked():

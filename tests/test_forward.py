@@ -27,9 +27,14 @@ def corrected(n=800):
     return correct_labels(x, given, metric="l2"), true, given
 
 
+def channel_of(result, given, trust=None):
+    trust = torch.zeros(len(given)) if trust is None else trust
+    return LocalChannel(result, given, result.winner, trust)
+
+
 def test_likelihoods_are_the_channel_but_for_the_class_of_the_place():
     result, _, given = corrected()
-    log = LocalChannel(result, given).log_likelihood(torch.arange(len(given)))
+    log = channel_of(result, given).log_likelihood(torch.arange(len(given)))
     assert log.shape == (len(given), CLASSES)
     for i in (0, 5, 399, 799):
         w, y = int(result.winner[i]), int(given[i])
@@ -40,24 +45,12 @@ def test_likelihoods_are_the_channel_but_for_the_class_of_the_place():
         torch.testing.assert_close(log[i].exp(), wanted)
 
 
-def test_labels_that_are_kept_are_certain():
-    result, _, given = corrected()
-    kept = torch.tensor([4, 17])
-    channel = LocalChannel(result, given, kept)
-    log = channel.log_likelihood(torch.tensor([4, 17, 5]))
-    for row, i in enumerate((4, 17)):
-        assert log[row].exp().tolist() == [float(c == given[i]) for c in range(CLASSES)]
-    assert torch.equal(log[2:], LocalChannel(result, given).log_likelihood(torch.tensor([5])))
-    posterior = (torch.randn(2, CLASSES) + log[:2]).softmax(1)
-    assert torch.equal(posterior, log[:2].exp())
-
-
 def test_a_block_of_rows_at_a_time_gives_the_same(monkeypatch):
     result, _, given = corrected()
     every = torch.arange(len(given))
-    whole = LocalChannel(result, given).log_likelihood(every)
+    whole = channel_of(result, given).log_likelihood(every)
     monkeypatch.setattr("als_ext.forward._BLOCK", 7 * result.k)
-    assert torch.equal(LocalChannel(result, given).log_likelihood(every), whole)
+    assert torch.equal(channel_of(result, given).log_likelihood(every), whole)
 
 
 def test_where_one_wrong_label_rules_it_is_the_place_that_explains_it():
@@ -70,7 +63,7 @@ def test_where_one_wrong_label_rules_it_is_the_place_that_explains_it():
     result = correct_labels(x, true, metric="l2")  # right labels ...
     channel = torch.eye(CLASSES).lerp(torch.full((CLASSES, CLASSES), 0.25), 0.2)
     object.__setattr__(result, "channel", channel)  # ... and a channel that knows no place
-    log = LocalChannel(result, given).log_likelihood(torch.arange(len(true)))
+    log = channel_of(result, given).log_likelihood(torch.arange(len(true)))
     ruled = there & (given == 1) & (x[:, 7] > 0.7)
     # the class's channel says label 1 at a rate of .05: neighbours that have it raise that
     assert float(log[ruled, 0].exp().median()) > 0.3
@@ -78,24 +71,52 @@ def test_where_one_wrong_label_rules_it_is_the_place_that_explains_it():
     assert float(log[other, 0].exp().median()) > 0.88  # .85 by the channel alone
 
 
-def test_the_gradient_is_that_of_the_marginal_likelihood():
+def wanted_losses(logits, likelihood, winner, trust):
+    """By the definition, float64."""
+    log = logits.log_softmax(1)
+    through = (log + likelihood.double()).logsumexp(1)
+    return -((1 - trust) * through + trust * log.gather(1, winner[:, None])[:, 0])
+
+
+def test_losses_are_those_of_the_definition_and_their_gradient_that_of_the_targets():
     result, _, given = corrected()
-    index = torch.arange(0, 800, 9)
-    likelihood = LocalChannel(result, given).log_likelihood(index).double()
     g = torch.Generator().manual_seed(0)
-    logits = torch.randn(len(index), CLASSES, generator=g).double().requires_grad_()
+    trust = torch.rand(len(given), generator=g)
+    trust[::4] = 0.0
+    trust[1::4] = 1.0
+    channel = channel_of(result, given, trust)
+    index = torch.arange(0, 800, 9)
+    logits = (3 * torch.randn(len(index), CLASSES, generator=g)).double().requires_grad_()
     weight = torch.rand(len(index), generator=g).double()
-    loss = -(weight * (logits.log_softmax(1) + likelihood).logsumexp(1)).sum()
-    (wanted,) = torch.autograd.grad(loss, logits)
-    posterior = (logits.detach() + likelihood).softmax(1)
-    total, _ = weighted_loss(logits, posterior, weight)
+    likelihood, winner = channel.log_likelihood(index), result.winner[index]
+    wanted = wanted_losses(logits, likelihood, winner, trust[index].double())
+    (slope,) = torch.autograd.grad((weight * wanted).sum(), logits)
+    losses, target = channel.losses(logits.detach(), index)
+    assert (losses.dtype, target.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(losses.double(), wanted.detach(), rtol=2e-6, atol=1e-6)
+    total, _ = weighted_loss(logits, target.double(), weight)
     (found,) = torch.autograd.grad(total, logits)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_trusted_wholly_is_learned_as_it_is_and_what_is_not_plays_no_part():
+    result, _, given = corrected()
+    relabelled = (result.winner != given).nonzero()[:5, 0]
+    logits = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(0))
+    trust = torch.zeros(len(given))
+    _, target = channel_of(result, given, trust).losses(logits, relabelled)
+    posterior = (logits + channel_of(result, given).log_likelihood(relabelled)).softmax(1)
+    torch.testing.assert_close(target, posterior)
+    trust[relabelled] = 1.0
+    _, target = channel_of(result, given, trust).losses(logits, relabelled)
+    assert torch.equal(
+        target, torch.nn.functional.one_hot(result.winner[relabelled], CLASSES).float()
+    )
 
 
 def test_state_goes_and_comes_back():
     result, _, given = corrected()
-    channel = LocalChannel(result, given)
+    channel = channel_of(result, given)
     state = channel.state_dict()
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     again = LocalChannel.from_state_dict(state, torch.device("cpu"))

@@ -87,8 +87,8 @@ def test_scores_are_high_for_wrong_labels_and_start_again_after_a_relabel(monkey
     x, given, true = blobs()
     correct, seen = LabelCorrector.step, []
 
-    def watched(self, embeddings, scores, epoch, guess):
-        result = correct(self, embeddings, scores, epoch, guess)
+    def watched(self, embeddings, scores, epoch, *guess):
+        result = correct(self, embeddings, scores, epoch, *guess)
         seen.append((scores, result.changed, epoch))
         return result
 
