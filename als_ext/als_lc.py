@@ -23,7 +23,7 @@ from als_ext.runtime import half_cosine
 _PIXELS = 0.35  # their share
 _COMPONENTS = 50  # principal ones
 _SIDE = 32
-_LOST = 0.1  # a class is lost if the network finds less of it than this share
+_LOST = 0.25  # a class is lost where less of it than this share is found again
 
 
 def _few_pixels(images: Tensor) -> Tensor:
@@ -165,10 +165,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
         elif self._channel is None:
             result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
         else:
-            # In between the network has just learned what neighbours agreed on, at a high rate.
-            annealed = epoch in (self._pretrain + self.task.config.warmup, self.epochs())
-            guess = self._guess(self._channel) if annealed else None
-            result = self.corrector.step(self.task.embeddings(), self.scores(), epoch, guess)
+            result = self._correct_through(self._channel, epoch)
             wrong = 1.0 - result.channel.diagonal()[result.winner]
             self._open(result, wrong.masked_fill(result.share < 1.0, 0.0))
         return Relabels(
@@ -185,14 +182,26 @@ class AlsLc(Correcting, Also, name="als-lc"):
             trust = trust.index_fill(0, kept, 1.0)
         self._channel = LocalChannel(result, given, winner, trust)
 
-    def _guess(self, channel: LocalChannel) -> Tensor:
-        """What the network predicts for each sample. If it has lost a class on its way through the
-        channel, which explains labels by other classes as well: what the correction before said."""
-        predicted = self.task.collect(lambda x: self.predict(x).argmax(1))
-        before, classes = channel.winner, self.task.num_classes
-        size = torch.bincount(before, minlength=classes)
-        found = torch.bincount(before[predicted == before], minlength=classes)
-        return before if bool((found < _LOST * size).any()) else predicted
+    def _correct_through(self, channel: LocalChannel, epoch: int) -> CorrectionResult[Tensor]:
+        """From the predictions of an annealed network. In between it has just learned what
+        neighbours agreed on, at a high rate: a correction starts afresh, if that loses no class."""
+        embeddings, scores = self.task.embeddings(), self.scores()
+        if epoch not in (self._pretrain + self.task.config.warmup, self.epochs()):
+            result = self.corrector.step(embeddings, scores, epoch)
+            if not self._loses(channel.winner, result.winner):
+                return result
+            self.corrector.undo()
+        guess = self.task.collect(lambda x: self.predict(x).argmax(1))
+        # A class may get lost on the way through the channel, which explains labels by others too.
+        if self._loses(channel.winner, guess):
+            guess = channel.winner
+        return self.corrector.step(embeddings, scores, epoch, guess)
+
+    def _loses(self, before: Tensor, now: Tensor) -> bool:
+        """Whether of a class before too few are of it now."""
+        size = torch.bincount(before, minlength=self.task.num_classes)
+        found = torch.bincount(before[now == before], minlength=self.task.num_classes)
+        return bool((found < _LOST * size).any())
 
     def _without_labels(self) -> Tensor:
         """What was learned beside the pixels: cosines of this are a weighted mean of both's."""

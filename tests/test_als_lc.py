@@ -1,6 +1,7 @@
 """als-lc on images: an embedding without labels, a first correction, views to train on."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -232,51 +233,67 @@ def test_views_come_after_the_warm_up_also_where_corrections_have_ended(monkeypa
     assert sum(shifted) == 2 * N
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_a_class_that_the_network_lost_is_not_forgotten(monkeypatch, lost):
-    """Then the correction before is the guess of the next one, not the predictions."""
-    x, given, _ = digits()
+def corrections_of(monkeypatch, run, x, given, change=lambda at, winner: winner):
+    """Epoch, guess and winner of every correction; ``change`` makes other winners of them."""
     seen = []
     original = LabelCorrector.step
 
     def noting(self, embeddings, scores=None, epoch=None, guess=None):
         result = original(self, embeddings, scores, epoch, guess)
-        seen.append((result.winner, guess))
+        result = dataclasses.replace(result, winner=change(len(seen), result.winner))
+        seen.append((epoch, guess, result.winner))
         return result
 
-    def predicted():
-        """As the correction before, but for class 3: all or half of it is predicted to be 4."""
-        label = seen[0][0].clone()
-        members = (label == 3).nonzero()[:, 0]
-        label[members if lost else members[::2]] = 4
-        return label
+    monkeypatch.setattr(LabelCorrector, "step", noting)
+    run.fit(x, given)
+    return seen
+
+
+def without(label, share, mistaken=3):
+    """A share of the samples of one class, of at least five, is taken for the next."""
+    members = (label == mistaken).nonzero()[:, 0]
+    assert len(members) >= 5
+    label = label.clone()
+    label[members[: round(share * len(members))]] = mistaken + 1
+    return label
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_class_that_the_network_lost_is_not_forgotten(monkeypatch, lost):
+    """Then the correction before is the guess of the next one, not the predictions."""
+    x, given, _ = digits()
+    first = []
 
     def predict(self, x):
-        return one_hot(predicted(), CLASSES).float()
+        return one_hot(without(first[0], 1.0 if lost else 0.5), CLASSES).float()
 
-    monkeypatch.setattr(LabelCorrector, "step", noting)
+    def keep(at, winner):
+        first.append(winner)
+        return winner
+
     monkeypatch.setattr(AlsLc, "predict", predict)
-    trainer(epochs=2, settings={"pretrain": 1}).fit(x, given)
-    (first, nothing), (_, guess), _ = seen
-    assert nothing is None
-    assert int((first == 3).sum()) > 4
-    assert torch.equal(guess, first if lost else predicted())
+    run = trainer(epochs=2, settings={"pretrain": 1})
+    seen = corrections_of(monkeypatch, run, x, given, keep)
+    assert [guess is None for _, guess, _ in seen] == [True, False, False]
+    assert torch.equal(seen[1][1], first[0] if lost else without(first[0], 0.5))
 
 
-def test_the_guess_is_the_annealed_networks(monkeypatch):
-    """After the warm-up and after the last epoch, not in between."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_correction_that_loses_a_class_is_taken_back(monkeypatch, lost):
+    """Those in between start afresh, and again from the predictions where a class is lost."""
     x, given, _ = digits()
-    seen = []
-    original = LabelCorrector.step
+    run = trainer(epochs=3, warmup=1, correction=CorrectionConfig(stop_share=0.0))
 
-    def noting(self, embeddings, scores=None, epoch=None, guess=None):
-        seen.append((epoch, guess is not None))
-        return original(self, embeddings, scores, epoch, guess)
+    def change(at, winner):
+        return without(winner, 0.9 if lost else 0.5) if at == 2 else winner
 
-    monkeypatch.setattr(LabelCorrector, "step", noting)
-    correction = CorrectionConfig(stop_share=0.0)
-    trainer(epochs=4, correction=correction, settings={"pretrain": 1}).fit(x, given)
-    assert seen == [(1, False), (2, True), (3, False), (4, False), (5, True)]
+    seen = corrections_of(monkeypatch, run, x, given, change)
+    again = [(5, True)] if lost else []
+    wanted = [(3, False), (4, True), (5, False), *again, (6, True)]
+    assert [(epoch, guess is not None) for epoch, guess, _ in seen] == wanted
+    corrector = run._method.corrector
+    history = corrector.history
+    assert bool((history.epoch == -1).any()) is lost
 
 
 def test_without_epochs_without_labels_nothing_goes_through_the_channel(monkeypatch):
