@@ -77,6 +77,7 @@ class NoSettings:
 
 
 METHODS: dict[str, type[Method]] = {}
+"""The methods by name."""
 
 
 class Method(ABC):

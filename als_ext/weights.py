@@ -142,7 +142,7 @@ class SampleWeights:
 
     @property
     def mode(self) -> str:
-        """How a step is computed: "dense" or "lazy". With "auto" it may turn from lazy to dense
+        """How a step is computed, "dense" or "lazy". With "auto" it may turn from lazy to dense
         when a larger batch comes."""
         return "dense" if self._state.sums is None else "lazy"
 
@@ -153,7 +153,7 @@ class SampleWeights:
 
     @property
     def skipped(self) -> Tensor:
-        """How many losses were left out so far because they were not finite: 0-dim int64."""
+        """How many losses were left out so far because they were not finite, 0-dim int64."""
         return self._state.skipped
 
     def __len__(self) -> int:

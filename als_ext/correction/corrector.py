@@ -140,12 +140,12 @@ class LabelCorrector:
 
     @property
     def labels(self) -> Tensor:
-        """[n] int64, the labels now: a copy."""
+        """A copy of the labels now, [n] int64."""
         return self._labels.clone()
 
     @property
     def original(self) -> Tensor:
-        """[n] int64, the labels as given: a copy."""
+        """A copy of the labels as given, [n] int64."""
         return self._original.clone()
 
     @property

@@ -271,7 +271,7 @@ def apply_noise(
     ``asymmetric:R``
         classes of a map become a similar class; other classes keep their labels, so the realised
         rate over all samples is smaller than R. The map is the one of the
-        specification, else that of the data set in :data:`ASYMMETRIC_MAPS` (MNIST: Patrini et al.,
+        specification, else that of the data set in ``ASYMMETRIC_MAPS`` (MNIST: Patrini et al.,
         CVPR 2017; Fashion-MNIST: Zhang and Sabuncu, NeurIPS 2018).
     ``instance:R``
         instance-dependent noise of Xia et al., "Part-dependent label noise", NeurIPS 2020,

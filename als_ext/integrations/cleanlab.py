@@ -45,7 +45,7 @@ def label_issues(
         class_names: name of each class, at least C; None leaves the numbers.
 
     Returns:
-        One row a sample: ``is_label_issue``, bool, suspects whose neighbours name another class;
+        A row for each, with ``is_label_issue`` bool, suspects whose neighbours name another class;
         ``label_score`` float64 in [0, 1], 1 is good, 0.5 where nobody voted; ``given_label``;
         ``predicted_label``, the given one where nobody voted.
 

@@ -45,8 +45,8 @@ def correct_table(
         **options: further arguments of :func:`als_ext.correct_labels`, all but num_classes.
 
     Returns:
-        A table of the same kind with five more columns: ``new_label``, of the type of the label's
-        column; ``suspect`` and ``changed``, bool; ``share`` and ``margin``, float32, see
+        A table of the same kind with five more columns. ``new_label`` is of the label's column's
+        type, ``suspect`` and ``changed`` are bool, ``share`` and ``margin`` float32, see
         :class:`als_ext.CorrectionResult`.
 
     Raises:

@@ -34,7 +34,7 @@ STATE = "als_ext.pt"  # in a checkpoint's folder
 class AlsoTrainer(Trainer):
     """A Trainer for classification whose samples are weighted, and optimised, by ALSO.
 
-    The training set is an :class:`IndexedItems`, so each batch has an entry ``index``, which
+    The training set is an ``IndexedItems``, so each batch has an entry ``index``, which
     ``compute_loss`` takes out; evaluation is unweighted and needs none. The optimizer is a
     :class:`als_ext.integrations.also.BatchALSO` with learning rate, betas, epsilon and weight decay
     (decoupled, as in AdamW) of the arguments; ``args.optim`` is not looked at.

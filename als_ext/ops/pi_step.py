@@ -51,7 +51,7 @@ def pi_rule(lr: float, decay: float, temperature: float, direction: str) -> PiRu
         direction: "max" (a loss raises its sample's weight) or "min".
 
     Returns:
-        PiRule(rho, step, prior): rho in (0, 1], step = lr or -lr, prior = c.
+        PiRule of rho in (0, 1], step, which is lr or -lr, and prior, which is c.
 
     Raises:
         TypeError: a setting is not a number.

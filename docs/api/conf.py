@@ -22,6 +22,17 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 nitpicky = True  # warns of references that lead nowhere
+# Other people's: their pages are elsewhere, and nothing is fetched to find them.
+_OTHERS = "torch|numpy|pandas|sklearn|collections|os|pathlib|pd|rich|Tensor|ProcessGroup"
+# Types of ours that only signatures name.
+_TYPES = r"Array|ArrayT|PiRule|PiState|Graph|JointBatch|Amp|Mentor|True|False|\w+Settings"
+nitpick_ignore_regex = [
+    ("py:.*", rf"({_OTHERS})(\..*)?"),
+    ("py:class", rf"(als_ext\.([\w.]+\.)?)?({_TYPES})"),
+    # scikit-learn's words in docstrings that AlsClassifier gets from it
+    ("std:(ref|term)", "metadata_routing|meta-estimator"),
+    ("py:class", r"default=sklearn\..*"),
+]
 
 
 def inline_math(writer, node):
