@@ -10,6 +10,7 @@ NEEDS = {  # optional packages; .ci/run installs them
     "cleanlab_issues.py": "cleanlab",
     "hugging_face.py": "transformers",
     "lightning_module.py": "lightning",
+    "skorch_net.py": "skorch",
     "tables.py": "datasets",
 }
 ROOT = Path(__file__).resolve().parents[1]

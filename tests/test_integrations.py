@@ -22,7 +22,10 @@ def test_import_als_ext_imports_no_framework():
 
 @pytest.mark.parametrize(
     ("module", "package"),
-    [("transformers", "transformers"), ("lightning", "lightning"), ("cleanlab", "pandas")],
+    [
+        *((name, name) for name in ("transformers", "lightning", "skorch")),
+        ("cleanlab", "pandas"),
+    ],
 )
 def test_a_missing_package_names_the_extra(module, package):
     done = run(f"import sys; sys.modules['{package}'] = None; import als_ext.integrations.{module}")

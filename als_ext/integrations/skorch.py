@@ -43,9 +43,14 @@ class _Batches:
         self._iterator = iterator
 
     def __iter__(self) -> Iterator[_Batch]:
-        for x, y, index in self._iterator:
-            batch = _Batch((x, y))
-            batch.index_ = index
+        for parts in self._iterator:
+            if len(parts) != 3:
+                raise TypeError(
+                    "iterator: expected batches (X, y, index) from items (X, y, index), got "
+                    f"{len(parts)} parts: a collate_fn has to keep the index"
+                )
+            batch = _Batch(parts[:2])
+            batch.index_ = parts[2]
             yield batch
 
 
@@ -90,6 +95,12 @@ class AlsNetClassifier(NeuralNetClassifier):
         >>> net.predict(x).shape, net.optimizer_.weights.n, net.train_rows_.shape
         ((50,), 40, (40,))
     """
+
+    criterion_: Any
+    optimizer_: BatchALSO
+    n_: int | None  # training samples; None: not known yet
+    train_rows_: NDArray[np.int64]
+    given_: NDArray[np.int64]  # the labels that fit was given
 
     def __init__(
         self,
@@ -137,7 +148,22 @@ class AlsNetClassifier(NeuralNetClassifier):
             raise TypeError(f"optimizer: expected BatchALSO or a subclass, got {name}")
         self.optimizer_ = self._make_optimizer(n=1, prior=None)
         self.optimizer_.register_load_state_dict_pre_hook(self._size_as_saved)
-        self.n_: int | None = None
+        self.n_ = None
+        if hasattr(self, "given_"):
+            del self.given_
+        return self
+
+    def set_params(self, **kwargs: Any) -> AlsNetClassifier:
+        """skorch's; settings of the weights, ``optimizer__pi_lr`` say, hold from the next fit on.
+
+        Of the optimizer of an initialized net skorch sets what parameter groups have, at once.
+        """
+        own = ("param_groups", *self.optimizer_.defaults) if self.initialized_ else None
+        for key in list(kwargs):
+            prefix, _, name = key.partition("__")
+            if own and prefix == "optimizer" and name and name.partition("__")[0] not in own:
+                setattr(self, key, kwargs.pop(key))
+        super().set_params(**kwargs)
         return self
 
     def _make_optimizer(self, **more: Any) -> BatchALSO:
@@ -211,14 +237,13 @@ class AlsNetClassifier(NeuralNetClassifier):
         x, y = batch
         logits = self.infer(x, **fit_params)
         label, index = (to_tensor(t, device=self.device) for t in (y, batch.index_))
-        criterion = getattr(self.criterion_, "_orig_mod", self.criterion_)  # under torch.compile
         loss, _ = self.optimizer_.weighted_loss(
             logits,
             label,
             index,
-            label_smoothing=criterion.label_smoothing,
-            ignore_index=criterion.ignore_index,
-            class_weight=criterion.weight,
+            label_smoothing=self.criterion_.label_smoothing,
+            ignore_index=self.criterion_.ignore_index,
+            class_weight=self.criterion_.weight,
         )
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss, "y_pred": logits}

@@ -15,7 +15,7 @@ html_math_renderer = "mathml"
 html_theme = "basic"
 html_static_path = ["api.css"]
 html_css_files = ["api.css"]
-autodoc_mock_imports = ["cleanlab", "datasets", "lightning", "transformers"]  # optional
+autodoc_mock_imports = ["cleanlab", "datasets", "lightning", "skorch", "transformers"]  # optional
 html_show_copyright = html_show_sphinx = html_copy_source = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
