@@ -1,6 +1,7 @@
 """skorch does what a plain loop does, corrects labels, holds the right point and resumes."""
 
 import copy
+import io
 import pickle
 
 import numpy as np
@@ -95,11 +96,23 @@ def kept(net):
     return dict(net.callbacks_)["Keep"]
 
 
-@pytest.mark.parametrize("criterion", [{}, {"label_smoothing": 0.1}])
-def test_same_weights_as_the_plain_loop(criterion):
+OF_CRITERION = {"class_weight": "weight"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1},
+        {"class_weight": torch.tensor([0.5, 1.0, 2.0])},
+        {"ignore_index": 1},
+    ],
+    ids=lambda options: "".join(options),
+)
+def test_same_weights_as_the_plain_loop(options):
     x, given, _ = data()
     torch.manual_seed(0)
-    settings = {f"criterion__{name}": value for name, value in criterion.items()}
+    settings = {f"criterion__{OF_CRITERION.get(k, k)}": value for k, value in options.items()}
     net = classifier(Keep(), iterator_train__shuffle=True, **settings).fit(x, given)
     batches = kept(net).batches_
     assert len(batches) == 2 * N // B
@@ -109,7 +122,7 @@ def test_same_weights_as_the_plain_loop(criterion):
     for _, _, index in batches:
         inputs, label = torch.from_numpy(x)[index], torch.from_numpy(given)[index]
         weight = optimizer.loss_weight(index)
-        loss, losses = als_ext.ops.weighted_loss(module(inputs), label, weight, **criterion)
+        loss, losses = als_ext.ops.weighted_loss(module(inputs), label, weight, **options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(index=index, losses=losses)
@@ -168,12 +181,23 @@ def test_theta_where_it_is_looked_at():
     assert kept(net).points_ == points
     assert torch.equal(parameters(net), base(net))
     batch = next(iter(net.get_iterator(net.get_split_datasets(x, given)[0], training=True)))
-    net.train_step(batch)
-    assert not torch.equal(parameters(net), base(net))  # the half point
+
+    def step():
+        net.train_step(batch)
+        assert not torch.equal(parameters(net), base(net))  # the half point
+        return base(net)
+
+    theta, file = step(), io.BytesIO()
+    net.save_params(f_params=file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert torch.equal(torch.cat([p.flatten() for p in saved.values()]), theta)
+    theta = step()
+    assert torch.equal(parameters(pickle.loads(pickle.dumps(net))), theta)
+    theta = step()
     proba = net.predict_proba(x)
-    assert torch.equal(parameters(net), base(net))
-    for saved in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert np.array_equal(saved.predict_proba(x), proba)
+    assert torch.equal(parameters(net), theta)
+    assert np.array_equal(copy.deepcopy(net).predict_proba(x), proba)
     net.trim_for_prediction()
     assert np.array_equal(net.predict(x), proba.argmax(1))
 
@@ -334,6 +358,8 @@ def test_errors_name_what_is_missing():
         classifier(optimizer=torch.optim.Adam).fit(x, given)
     with pytest.raises(TypeError, match="criterion: expected CrossEntropyLoss"):
         classifier(criterion=torch.nn.NLLLoss).fit(x, given)
+    with pytest.raises(ValueError, match=r"optimizer__n: expected none, .*, got 300"):
+        classifier(optimizer__n=300).fit(x, given)
     net = classifier().fit(x, given)
     with pytest.raises(TypeError, match="index of its samples, got a tuple"):
         net.train_step((torch.from_numpy(x), torch.from_numpy(given)))
@@ -347,7 +373,9 @@ def test_errors_name_what_is_missing():
         classifier().fit(WithTargets(x, None), None)
     with pytest.raises(TypeError, match="train_split: expected all data or a Subset"):
         classifier(train_split=lambda d, y: (TensorDataset(torch.zeros(9, 2)), None)).fit(x, given)
-    with pytest.raises(ValueError, match="expected the samples, the labels and the train_split"):
+    with pytest.raises(
+        ValueError, match=r"expected the 300 training samples .* with the same labels"
+    ):
         net.partial_fit(x, (given + 1) % CLASSES)
     with pytest.raises(ValueError, match="embedding: expected one of the layers"):
         classifier(CorrectionCallback(embedding="none")).fit(x, given)

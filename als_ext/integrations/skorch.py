@@ -71,7 +71,7 @@ class AlsNetClassifier(NeuralNetClassifier):
         **kwargs: as there.
 
     Attributes:
-        optimizer_: the optimizer; ``optimizer_.weights`` are those of the training samples.
+        optimizer_: the optimizer, with ``optimizer_.weights`` of the training samples.
         train_rows_: [n] int64, the row of X that training sample i is: where weight i belongs.
         labels_: [len(X)] int64, the labels as they are now, in the order of X.
         correction_: the net's :class:`CorrectionCallback`.
@@ -169,6 +169,11 @@ class AlsNetClassifier(NeuralNetClassifier):
     def _make_optimizer(self, **more: Any) -> BatchALSO:
         parameters = self.get_all_learnable_params()
         groups, settings = self.get_params_for_optimizer("optimizer", parameters)
+        if "n" in settings:
+            raise ValueError(
+                "optimizer__n: expected none, as it is the number of training samples, got "
+                f"{settings['n']}"
+            )
         made: BatchALSO = self.optimizer(*groups, **(settings | more))
         return made
 
@@ -200,21 +205,20 @@ class AlsNetClassifier(NeuralNetClassifier):
         indexed = IndexedDataset(train, given[rows])
         if self.n_ is None:
             self._size(len(rows))
-        elif self.n_ != len(rows):
+        elif self.n_ != len(rows) or not self._same(rows, given):
             raise ValueError(
-                f"X: expected the {self.n_} training samples that the weights belong to, got "
-                f"{len(rows)}"
-            )
-        elif hasattr(self, "given_") and not (
-            np.array_equal(rows, self.train_rows_)
-            and np.array_equal(given[rows], self.given_[rows])
-        ):
-            raise ValueError(
-                "X: expected the samples, the labels and the train_split of the training that "
-                "goes on, got others; give a random split a fixed random_state"
+                f"X: expected the {self.n_} training samples that the weights belong to, with the "
+                f"same labels and the same train_split, got {len(rows)} that differ; give a random "
+                "split a fixed random_state"
             )
         self.train_rows_, self.given_ = rows, given
         return indexed, valid
+
+    def _same(self, rows: NDArray[np.int64], given: NDArray[np.int64]) -> bool:
+        if not hasattr(self, "given_"):  # the weights were loaded
+            return True
+        same = np.array_equal(rows, self.train_rows_)
+        return same and np.array_equal(given[rows], self.given_[rows])
 
     def get_iterator(self, dataset: Any, training: bool = False) -> Any:
         """skorch's iterator; over the training set its batches know their index."""
