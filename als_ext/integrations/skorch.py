@@ -96,12 +96,6 @@ class AlsNetClassifier(NeuralNetClassifier):
         ((50,), 40, (40,))
     """
 
-    criterion_: Any
-    optimizer_: BatchALSO
-    n_: int | None  # training samples; None: not known yet
-    train_rows_: NDArray[np.int64]
-    given_: NDArray[np.int64]  # the labels that fit was given
-
     def __init__(
         self,
         module: Any,
@@ -123,7 +117,7 @@ class AlsNetClassifier(NeuralNetClassifier):
 
     @property
     def labels_(self) -> NDArray[np.int64]:
-        """The labels in the order of X: those given, corrected where that was done."""
+        """The labels as they are now, in the order of X."""
         self.check_is_fitted(["given_"])
         labels: NDArray[np.int64] = self.given_.copy()
         for _, callback in self.callbacks_:
@@ -148,7 +142,7 @@ class AlsNetClassifier(NeuralNetClassifier):
             raise TypeError(f"optimizer: expected BatchALSO or a subclass, got {name}")
         self.optimizer_ = self._make_optimizer(n=1, prior=None)
         self.optimizer_.register_load_state_dict_pre_hook(self._size_as_saved)
-        self.n_ = None
+        self.n_: int | None = None  # training samples, once they are known
         if hasattr(self, "given_"):
             del self.given_
         return self
@@ -211,7 +205,8 @@ class AlsNetClassifier(NeuralNetClassifier):
                 f"same labels and the same train_split, got {len(rows)} that differ; give a random "
                 "split a fixed random_state"
             )
-        self.train_rows_, self.given_ = rows, given
+        self.train_rows_: NDArray[np.int64] = rows
+        self.given_: NDArray[np.int64] = given
         return indexed, valid
 
     def _same(self, rows: NDArray[np.int64], given: NDArray[np.int64]) -> bool:
