@@ -148,7 +148,10 @@ class AlsLc(Correcting, Also, name="als-lc"):
         self._finished = epoch
         if epoch == self._pretrain:
             self._contrast.clear()
-        return super().after_epoch(epoch, losses)
+        record = super().after_epoch(epoch, losses)
+        if epoch == self.epochs():
+            self._channel = None
+        return record
 
     def due(self, epoch: int) -> bool:
         """Without epochs without labels as ever. Else right after these, and after the last epoch
@@ -166,8 +169,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
             result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
         else:
             result = self._correct_through(self._channel, epoch)
-            wrong = 1.0 - result.channel.diagonal()[result.winner]
-            self._open(result, wrong.masked_fill(result.share < 1.0, 0.0))
+            if epoch < self.epochs():
+                wrong = 1.0 - result.channel.diagonal()[result.winner]
+                self._open(result, wrong.masked_fill(result.share < 1.0, 0.0))
         return Relabels(
             result.new_label, result.suspect, result.share, result.margin, result.neighbours
         )

@@ -22,6 +22,7 @@ from als_ext.checkpoint import load_checkpoint
 from als_ext.contrast import TEMPERATURE, Contrast, view
 from als_ext.data import load_dataset
 from als_ext.embedding import make_embedder
+from als_ext.forward import LocalChannel
 from als_ext.methods import METHODS
 from als_ext.models import MLP, SmallCNN
 from als_ext.runtime import Amp
@@ -406,11 +407,12 @@ def test_bfloat16_learns_as_well():
 @pytest.mark.parametrize("amp", ["off", "bf16", "f16"])
 def test_a_step_on_images_waits_for_no_gpu_and_repeats(amp):
     x, given, true = digits()
-    trainers = [trainer(device="cuda", amp=amp) for _ in range(2)]
-    runs = [run.fit(x, given, test=(x, true)) for run in trainers]
+    runs = [trainer(device="cuda", amp=amp).fit(x, given, test=(x, true)) for _ in range(2)]
     assert torch.equal(runs[0].labels, runs[1].labels)
     assert torch.equal(runs[0].losses, runs[1].losses)
-    channel = trainers[0]._method._channel
+    result = correct_labels(x.flatten(1).cuda(), given.cuda(), num_classes=CLASSES)
+    trust = torch.ones(N, device="cuda")
+    channel = LocalChannel(result, given.cuda(), result.winner, trust)
     logits, index = torch.zeros(32, CLASSES, device="cuda"), torch.arange(32, device="cuda")
     model = net().cuda()
     device = torch.device("cuda")
@@ -426,11 +428,12 @@ def test_a_step_on_images_waits_for_no_gpu_and_repeats(amp):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_what_is_needed_without_labels_only_is_not_kept(tmp_path):
+def test_what_only_training_needs_is_not_kept(tmp_path):
     x, given, _ = digits()
     trainer(out=tmp_path, settings={"pretrain": 1}).fit(x, given)
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["method"]["contrast"] == {"width": None}
+    assert state["method"]["channel"] is None
 
 
 def test_pixels_of_large_images_are_few():

@@ -202,14 +202,36 @@ def test_theta_where_it_is_looked_at():
     assert np.array_equal(net.predict(x), proba.argmax(1))
 
 
-def test_an_interruption_leaves_theta():
-    class Stop(Callback):
-        def on_batch_end(self, net, **_):
+class Stop(Callback):
+    """Ctrl-C, once the gradient is there or after the step."""
+
+    def __init__(self, before_step):
+        self.before_step = before_step
+
+    def on_grad_computed(self, net, *arguments, **_):
+        if self.before_step:
             raise KeyboardInterrupt
 
+    def on_batch_end(self, net, **_):
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_leaves_theta():
     x, given, _ = data()
-    net = classifier(Stop()).fit(x, given)
+    net = classifier(Stop(before_step=False)).fit(x, given)
     assert torch.equal(parameters(net), base(net))
+
+
+def test_a_batch_whose_step_was_interrupted_is_not_part_of_the_next_step():
+    x, given, _ = data()
+    net = classifier(Stop(before_step=True)).fit(x, given)
+    net.callbacks_.clear()
+    before = net.optimizer_.weights.log_pi()
+    _, another, *_ = net.get_iterator(net.get_split_datasets(x, given)[0])
+    net.train_step(another)
+    moved = net.optimizer_.weights.log_pi() - before
+    own = (moved - moved.median()).abs() > 1e-6  # the others have the shift of the normaliser
+    assert torch.equal(own.nonzero()[:, 0], another.index_)
 
 
 @pytest.mark.parametrize("how", ["partial_fit", "warm_start", "pickle"])

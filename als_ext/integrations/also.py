@@ -91,6 +91,10 @@ class BatchALSO(ALSO):
             self._batches.append((index, losses))
         return total, losses
 
+    def forget(self) -> None:
+        """Drop what was remembered since the last step, which was broken off."""
+        self._batches.clear()
+
 
 def _give_batches(
     optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]

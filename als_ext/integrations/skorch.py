@@ -267,8 +267,9 @@ class AlsNetClassifier(NeuralNetClassifier):
         super().on_epoch_end(net, **kwargs)
 
     def on_train_end(self, net: Any, **kwargs: Any) -> None:
-        """θ into the module, also after an interruption."""
+        """θ into the module, also after an interruption, which may have come before the step."""
         self._to_theta()
+        self.optimizer_.forget()
         super().on_train_end(net, **kwargs)
 
     def save_params(self, *args: Any, **kwargs: Any) -> None:
