@@ -216,6 +216,28 @@ def test_methods_that_are_told_more_are_named(tmp_path):
     assert filtered["detection_precision"] > filtered["noise_rate"]
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_a_method_is_told_the_rate_of_each_noise(tmp_path, own_file):
+    words = ["--method", "co-teaching", "--noise", "symmetric:0.2,pair:0.45", *QUICK]
+    done("--out", tmp_path / "told", *words, "--setting", "noise_rate=realised")
+    found = lines(tmp_path / "told")
+    assert "* co-teaching: the noise rate\n" in (tmp_path / "told" / "table.md").read_text()
+    for line in found:
+        rate = line["noise_rate"]
+        assert abs(rate - float(line["noise"].split(":")[1])) < 0.02
+        spelled = ["--method", "co-teaching", "--noise", line["noise"], *QUICK]
+        out = tmp_path / line["noise"].replace(":", "-")
+        done("--out", out, *spelled, "--setting", f"noise_rate={rate!r}")
+        (same,) = lines(out)
+        settings = [cell.pop("settings") for cell in (same, line)]
+        assert settings == [{"noise_rate": rate}, {"noise_rate": "realised"}]
+        assert without_time(same) == without_time(line)
+    words = ["--dataset", own_file, "--noise", "none", "--method", "co-teaching"]
+    code, _, err = run(*words, "--setting", "noise_rate=realised", "--quiet", command="run")
+    assert code == 2
+    assert "noise_rate: expected a number where the true labels are unknown" in err
+
+
 def recomputed(out):
     """(dataset, noise, method) -> figure -> values of the seeds, from cells.jsonl alone."""
     groups = {}

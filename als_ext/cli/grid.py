@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from als_ext.cli.inputs import method_settings
-from als_ext.cli.training import DEFAULTS, check_methods, train_config
+from als_ext.cli.training import DEFAULTS, check_methods, told_rate, train_config
 from als_ext.compare.grid import (
     Grid,
     Variant,
@@ -66,7 +66,8 @@ def grid_of(given: dict[str, Any], words: list[str], saved: Grid | None) -> Grid
     check_methods([v.method for v in methods.values()], settings["clean_per_class"])
     for variant in methods.values():  # n = 1: the most epochs; the rest shows with the data
         every = {**DEFAULTS, **settings}
-        config = train_config(variant.method, every, dict(variant.settings), n=1)
+        own = told_rate(dict(variant.settings), noise_rate=0.5)
+        config = train_config(variant.method, every, own, n=1)
         METHODS[variant.method].check(config)
     seeds = _seeds(given, saved)
     new = make_grid(datasets, noises, methods, seeds, settings)

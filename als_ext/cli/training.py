@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "amp": "off",
     "augment": "auto",
 }
+REALISED = "realised"  # as a method's noise_rate: that of the labels
 _OF_CONFIG = ("epochs", "batch_size", "lr", "warmup", "period", "seed", "device", "amp", "augment")
 
 
@@ -53,6 +54,21 @@ def check_methods(names: Collection[str], clean_per_class: int) -> None:
                 f"clean-per-class: expected >= 1 for {name}, which needs labels known to be right, "
                 "got 0"
             )
+
+
+def told_rate(own: dict[str, Any], noise_rate: float | None) -> dict[str, Any]:
+    """A method's own settings, with the noise rate of the labels where they ask for it.
+
+    Raises:
+        ValueError: they ask, and nobody knows it.
+    """
+    if own.get("noise_rate") != REALISED:
+        return own
+    if noise_rate is None:
+        raise ValueError(
+            "noise_rate: expected a number where the true labels are unknown, got 'realised'"
+        )
+    return {**own, "noise_rate": noise_rate}
 
 
 def train_config(
@@ -84,12 +100,13 @@ def make_trainer(
     Args:
         name: the method.
         settings: those of the command, by the names in ``DEFAULTS``.
-        own: settings that only the method knows.
+        own: settings that only the method knows; ``told_rate`` is applied to them.
         data: what will be trained on.
         out: folder of its checkpoint and metrics.
         progress: as for :class:`als_ext.Trainer`.
         more: further arguments of :class:`als_ext.TrainConfig`.
     """
+    own = told_rate(own, data.noise_rate)
     config = train_config(name, settings, own, len(data.given_labels), **more)
     with seeded(settings["seed"]):  # every method starts from the same weights
         model = build_model(settings["model"], data.x_train.shape[1:], data.num_classes)

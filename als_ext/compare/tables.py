@@ -96,8 +96,9 @@ def _told(results: Sequence[Result]) -> list[str]:
         if result["clean_per_class"]:
             fact = f"the true labels of {result['clean_per_class']} samples a class"
             facts.setdefault(fact, []).append(result["method"])
-        if result["settings"].get("noise_rate") is not None:
-            fact = f"a noise rate of {result['settings']['noise_rate']}"
+        rate = result["settings"].get("noise_rate")
+        if rate is not None:
+            fact = "the noise rate" if isinstance(rate, str) else f"a noise rate of {rate}"
             facts.setdefault(fact, []).append(result["method"])
     lines = [f"* {', '.join(_unique(methods))}: {fact}" for fact, methods in facts.items()]
     return ["Methods that were told more than the others:", "\n".join(lines)] if lines else []
