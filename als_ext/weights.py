@@ -69,7 +69,9 @@ class SampleWeights:
         group: processes that share π. Each has all of it and gives :meth:`update_` and
             :meth:`reset_` its own part; all of them have to make these calls, that of
             :meth:`batch_share` and this one.
-        batch_size: with a group: the most samples that a process has in a step, >= 1.
+        batch_size: with a group: the most samples that a process has in a step, >= 1. Without one
+            it changes nothing, so that ``group=dist.group.WORLD``, which is None where
+            torch.distributed was not initialised, makes one script for one process and several.
         repeats: with a group: "once": an index counts once a step, so that the padding of a
             ``DistributedSampler`` does not count; "add": losses of equal indices add up (groups of
             samples that share a weight).

@@ -296,7 +296,8 @@ def test_errors(workers):
             strict=True,
         ):
             assert match in text
-    with pytest.raises(ValueError, match="batch_size: expected None without a group"):
-        als_ext.SampleWeights(10, batch_size=3)
-    with pytest.raises(ValueError, match="repeats: expected no value without a group"):
-        als_ext.ALSO([torch.ones(1, requires_grad=True)], 10, repeats="add")
+    with pytest.raises(ValueError, match="batch_size: expected >= 1, got 0"):
+        als_ext.SampleWeights(10, batch_size=0)
+    with pytest.raises(ValueError, match="repeats: expected one of 'once', 'add'"):
+        als_ext.ALSO([torch.ones(1, requires_grad=True)], 10, repeats="twice")
+    als_ext.ALSO([torch.ones(1, requires_grad=True)], 10, batch_size=3, repeats="add")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from workers import shards
 
-from als_ext import correct_labels
+from als_ext import CorrectionConfig, LabelCorrector, correct_labels
 
 FIELDS = ("suspect", "old_label", "new_label", "changed", "winner", "share", "margin", "neighbours")
 CLOSE = ("log_odds", "distances")
@@ -142,3 +142,86 @@ def test_an_error_in_one_process_is_an_error_in_all(workers):
     tiny = [x[:1], x[:0]], [given[:1], given[:0]]
     assert "at least 2 rows over all processes" in texts(*tiny, None, {})[0]
     check(workers, (30, 30), x, given)  # and the group still works
+
+
+HISTORY = ("step", "epoch", "sample", "old", "new", "share", "margin")
+
+
+def steps_of(corrector, rounds, group=None):
+    """A life of a corrector: each round a step, between them a decision and an undo."""
+    results = []
+    for epoch, (x, scores, guess) in enumerate(rounds):
+        results.append(corrector.step(x, scores, epoch, guess, group=group))
+        if epoch == 0:
+            corrector.undo(results[0].changed.new_tensor([2, 5, 7], dtype=torch.int64), pin=True)
+        if epoch == 1:
+            corrector.undo()
+    state = corrector.state_dict()
+    return results, state, corrector.converged
+
+
+def spread_steps(group, given, rounds, config):
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    own = [tuple(part if part is None else part[rank] for part in parts) for parts in rounds]
+    return steps_of(LabelCorrector(given, 5, config), own, group)
+
+
+@pytest.mark.parametrize("rows", [(450, 450), (0, 650, 250)])
+def test_a_corrector_goes_the_way_of_one_process(workers, rows):
+    x, given, scores, truth = problem()
+    later = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) / 2
+    rounds = [(x, None, None), (later, scores, None), (later, None, truth), (x, scores, None)]
+    config = CorrectionConfig(score_limit=1.0)
+    results, state, converged = steps_of(LabelCorrector(given, 5, config), rounds)
+    assert len(set(state["history"]["step"].tolist())) == 4
+    spread_rounds = [
+        tuple(part if part is None else shards(part, rows) for part in parts) for parts in rounds
+    ]
+    found = workers.run(len(rows), spread_steps, given, spread_rounds, config)
+    for others, other_state, other_converged in found:
+        assert other_converged == converged
+        assert (other_state["steps"], other_state["standing"]) == (4, state["standing"])
+        assert other_state["changed_share"] == state["changed_share"]
+        for name in ("original", "labels", "pinned"):
+            assert torch.equal(other_state[name], state[name]), name
+        for name in HISTORY:
+            torch.testing.assert_close(
+                other_state["history"][name], state["history"][name], rtol=0, atol=0, equal_nan=True
+            )
+        assert len(others) == len(results)
+    for step, result in enumerate(results):
+        for name in FIELDS:
+            parts = [getattr(others[step], name) for others, _, _ in found]
+            assert torch.equal(torch.cat(parts), getattr(result, name)), name
+
+
+def differing_steps(group, x, given, change):
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    corrector = LabelCorrector(given, 5)
+    if change == "pin" and rank == 1:
+        corrector.undo(3, pin=True)
+    before = corrector.state_dict()
+    try:
+        corrector.step(x[rank], epoch=rank if change == "epoch" else 0, group=group)
+    finally:
+        same = torch.equal(corrector.labels, before["labels"]) and len(corrector.history) == 0
+        assert same, "the labels did not stay"
+
+
+def test_correctors_that_differ_are_an_error_in_all(workers):
+    x, given, _, _ = problem(n=60)
+
+    def texts(parts, change=None):
+        answers = workers.answers(2, differing_steps, parts, given, change)
+        assert [kind for kind, *_ in answers] == ["error", "error"]
+        return [text for _, _, text, _ in answers]
+
+    parts = shards(x, (20, 40))
+    assert "pinned samples: expected the same on every process" in texts(parts, "pin")[0]
+    assert "epoch: expected the same on every process, got 0" in texts(parts, "epoch")[1]
+    fewer = texts([parts[0], parts[1][1:]])
+    assert set(fewer) == {"embeddings: expected 60 rows over all processes, got 59"}

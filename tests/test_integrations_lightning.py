@@ -234,7 +234,7 @@ def test_embeddings_leave_the_generators_and_the_modes():
     net.net.head.eval()
     fit = trainer()
     state = torch.get_rng_state()
-    embeddings = correction._embeddings(fit, net)
+    embeddings = correction._embeddings(fit, net, None)
     assert torch.equal(state, torch.get_rng_state())
     assert net.net.features.training
     assert not net.net.head.training

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,62 +20,18 @@ from als_ext.correction._inputs import (
 )
 from als_ext.correction.config import CorrectionConfig
 from als_ext.correction.correct import correct
-from als_ext.correction.decisions import Decisions
+from als_ext.correction.decisions import Decisions, labels_digest
+from als_ext.correction.history import RelabelHistory, empty_history
 from als_ext.correction.result import CorrectionResult
+from als_ext.correction.rows import HERE, Rows, SpreadRows
+from als_ext.distributed.processes import Facts, Processes
 from als_ext.ops._checks import check_int
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RelabelHistory:
-    """Every change of a label, in order; all tensors [m], on the host.
-
-    Attributes:
-        step: int64, the step that made the change, or that was undone by it; from 0.
-        epoch: int64, the epoch given with that step; -1 for an undo or a decision.
-        sample: int64, position of the sample.
-        old: int64, label before.
-        new: int64, label after.
-        share: float32, the winner's share of the votes; NaN where epoch is -1.
-        margin: float32, its lead; NaN where epoch is -1.
-    """
-
-    step: Tensor
-    epoch: Tensor
-    sample: Tensor
-    old: Tensor
-    new: Tensor
-    share: Tensor
-    margin: Tensor
-
-    def __len__(self) -> int:
-        return int(self.sample.shape[0])
-
-    def __repr__(self) -> str:
-        return f"RelabelHistory({len(self)} changes of {len(set(self.sample.tolist()))} samples)"
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row a change.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "RelabelHistory.to_pandas needs pandas: pip install 'als_ext[pandas]'"
-            ) from error
-        return pd.DataFrame({f.name: getattr(self, f.name).numpy() for f in fields(self)})
-
-
-def _empty_history() -> RelabelHistory:
-    number, real = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float32)
-    return RelabelHistory(
-        step=number, epoch=number, sample=number, old=number, new=number, share=real, margin=real
-    )
+_Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # embeddings, scores, guess
 
 
 class LabelCorrector:
@@ -126,7 +84,7 @@ class LabelCorrector:
         self._labels = self._original.clone()
         self._pinned = torch.zeros_like(self._original, dtype=torch.bool)
         self._config = CorrectionConfig() if config is None else config
-        self._history = _empty_history()
+        self._history = empty_history()
         self._steps = 0
         self._standing: list[int] = []  # steps that undo() can still take back
         self._changed_share = float("nan")
@@ -174,6 +132,7 @@ class LabelCorrector:
         scores: Array | None = None,
         epoch: int | None = None,
         guess: Array | None = None,
+        group: ProcessGroup | None = None,
     ) -> CorrectionResult[Tensor]:
         """Correct the labels with new embeddings.
 
@@ -186,52 +145,111 @@ class LabelCorrector:
             guess: [n] integers in [0, num_classes), a classifier's opinion of the true labels, in
                 place of the first guess from neighbourhoods. Not from one that was fitted to the
                 given labels: it would confirm them. Not with given suspects.
+            group: processes that have the rows of embeddings, scores and guess between them, in
+                their order. Each has a corrector of all labels that saw the same steps, and all of
+                them call this. None: all rows are here.
 
         Returns:
             The result, ``old_label`` being the labels before this step. The samples of which the
-            trainer must reset the weight are ``result.changed``.
+            trainer must reset the weight are ``result.changed``. With a group it is about the rows
+            here; the corrector has all labels.
 
         Raises:
             TypeError: an argument of another type or dtype.
-            ValueError: as :func:`correct_labels`; on an error the labels stay as they were.
+            ValueError: as :func:`correct_labels`, correctors of a group that differ; on an error
+                the labels stay as they were.
+            RuntimeError: a process of the group is gone.
         """
         if epoch is None:
             epoch = self._steps
-        check_int("epoch", epoch, low=0)
-        x = read_embeddings(embeddings)
-        n, device = len(self), x.device
-        check_length("embeddings", x, n)
-        score = None if scores is None else read_scores(scores, n, device)
-        opinion = None
-        if guess is not None:
-            if self._config.suspects != "auto":
-                raise ValueError(
-                    f"guess: expected None with suspects={self._config.suspects!r}, got labels"
-                )
-            opinion, _ = read_labels(guess, self._num_classes, device, name="guess")
-            check_length("guess", opinion, n)
-        current = self._labels.to(device)
+        read = partial(self._read, embeddings, scores, epoch, guess)
+        if group is None:
+            (x, score, opinion), rows = read(len(self)), HERE
+        else:
+            (x, score, opinion), rows = self._read_together(Processes(group), read, epoch)
+        start, _ = rows.span(len(x))
+        own = slice(start, start + len(x))
+        current = self._labels[own].to(x.device)
         result = correct(
             x,
-            self._original.to(device),
+            self._original[own].to(x.device),
             current,
             score,
             self._num_classes,
             self._config,
             guess=opinion,
+            rows=rows,
         )
         if self._pinned.any():
-            kept = torch.where(self._pinned.to(device), current, result.new_label)
+            pinned = self._pinned[own].to(x.device)
+            kept = torch.where(pinned, current, result.new_label)
             result = replace(result, new_label=kept, changed=kept != current)
-        at = result.changed.nonzero()[:, 0]
-        self._record(
-            at, current[at], result.new_label[at], self._steps, epoch, result.share, result.margin
+        device = self._labels.device
+        share, margin, label = (
+            rows.everywhere(part).to(device)
+            for part in (result.share, result.margin, result.new_label)
         )
-        self._labels = result.new_label.to(self._labels.device, copy=True)
+        at = (label != self._labels).nonzero()[:, 0]
+        self._record(at, self._labels[at], label[at], self._steps, epoch, share, margin)
+        self._labels = label.clone()
         self._standing.append(self._steps)
         self._steps += 1
-        self._changed_share = at.numel() / n
+        self._changed_share = at.numel() / len(self)
         return result
+
+    def _read(
+        self,
+        embeddings: Array,
+        scores: Array | None,
+        epoch: int,
+        guess: Array | None,
+        n: int | None = None,
+    ) -> _Inputs:
+        """Arguments of a step, checked; of n rows, or of any number of them."""
+        check_int("epoch", epoch, low=0)
+        x = read_embeddings(embeddings, least=0 if n is None else 2)
+        if n is not None:
+            check_length("embeddings", x, n)
+        rows, device = len(x), x.device
+        score = None if scores is None else read_scores(scores, rows, device)
+        if guess is None:
+            return x, score, None
+        if self._config.suspects != "auto":
+            raise ValueError(
+                f"guess: expected None with suspects={self._config.suspects!r}, got labels"
+            )
+        least = min(rows, 1)
+        opinion, _ = read_labels(guess, self._num_classes, device, least=least, name="guess")
+        check_length("guess", opinion, rows)
+        return x, score, opinion
+
+    def _read_together(
+        self, processes: Processes, read: Callable[[], _Inputs], epoch: int
+    ) -> tuple[_Inputs, Rows]:
+        """Arguments of this process, checked in all; so is that the correctors are the same."""
+        found: list[_Inputs] = []
+
+        def check() -> tuple[Facts, Facts]:
+            x, score, opinion = read()
+            found.append((x, score, opinion))
+            settings: Facts = {"columns of embeddings": x.shape[1], "settings": self._config}
+            settings |= {"scores given": score is not None, "guess given": opinion is not None}
+            settings |= {"num_classes": self._num_classes, "epoch": epoch}
+            settings["steps before this one"] = self._steps
+            for name, state in (
+                ("original labels", self._original),
+                ("labels", self._labels),
+                ("pinned samples", self._pinned),
+            ):
+                settings[name] = labels_digest(state)
+            return settings, {"rows": len(x)}
+
+        rows = [fact["rows"] for fact in processes.agree(check)]
+        if sum(rows) != len(self):
+            raise ValueError(
+                f"embeddings: expected {len(self)} rows over all processes, got {sum(rows)}"
+            )
+        return found[0], SpreadRows(processes, rows)
 
     def undo(self, index: Array | int | None = None, *, pin: bool = False) -> Tensor:
         """Take back the last step, or give samples their original labels.

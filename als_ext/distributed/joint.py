@@ -115,11 +115,10 @@ class JointBatch:
 def joint_batch(
     group: ProcessGroup | None, batch_size: int | None, repeats: str, settings: Facts
 ) -> JointBatch | None:
-    """A JointBatch where there is a group."""
+    """A JointBatch where there is a group; else only the check, so that one script does both."""
     if group is not None:
         return JointBatch(group, batch_size, repeats, settings)
     if batch_size is not None:
-        raise ValueError(f"batch_size: expected None without a group, got {batch_size}")
-    if repeats != REPEATS[0]:
-        raise ValueError(f"repeats: expected no value without a group, got {repeats!r}")
+        check_int("batch_size", batch_size, low=1)
+    check_choice("repeats", repeats, REPEATS)
     return None

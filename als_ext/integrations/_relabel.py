@@ -4,28 +4,59 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from als_ext import ALSO, CorrectionConfig, CorrectionResult, LabelCorrector
 from als_ext.data import IndexedDataset
+from als_ext.distributed.processes import Processes
 from als_ext.ops._checks import check_int
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def all_processes(world_size: int) -> ProcessGroup | None:
+    """The group of all processes of a trainer; None if there is one alone."""
+    return dist.group.WORLD if world_size > 1 else None
+
+
+def check_shared(optimizer: ALSO, world_size: int) -> None:
+    """Refuse weights that each process of a trainer keeps for itself."""
+    joint = optimizer.weights.joint
+    if world_size != (1 if joint is None else joint.size):
+        raise ValueError(
+            f"group: expected one of all {world_size} processes, which share their weights "
+            "(group=torch.distributed.group.WORLD, batch_size=the most samples of a process in a "
+            f"step), got {'none' if joint is None else f'one of {joint.size}'}"
+        )
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module goes back to the mode that it had."""
+def evaluating(model: nn.Module, group: ProcessGroup | None = None) -> Iterator[None]:
+    """Eval mode without gradients; each module goes back to the mode that it had.
+
+    In a group all processes have the first one's buffers meanwhile (running means of batch
+    normalisation), as DistributedDataParallel sees to in its own passes.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [] if group is None else [(own, own.clone()) for own in model.buffers()]
     model.eval()
     try:
         with torch.no_grad():
+            for buffer, _ in buffers:
+                dist.broadcast(buffer, group=group, group_src=0)
             yield
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, own in buffers:
+                buffer.copy_(own)
 
 
 class Relabelling:
@@ -67,22 +98,39 @@ class Relabelling:
         last = epochs is not None and epoch >= epochs
         return after >= 0 and after % self.period == 0 and not last and not self.corrector.converged
 
+    def rows(self, group: ProcessGroup | None) -> range:
+        """The samples whose embeddings :meth:`correct` wants of this process."""
+        n = len(self.dataset)
+        if group is None:
+            return range(n)
+        processes = Processes(group)
+        first, end = (n * (processes.rank + more) // processes.size for more in (0, 1))
+        return range(first, end)
+
     def correct(
-        self, embeddings: Tensor, optimizer: Optimizer | None, epoch: int
+        self,
+        embeddings: Tensor,
+        optimizer: Optimizer | None,
+        epoch: int,
+        group: ProcessGroup | None = None,
     ) -> CorrectionResult[Tensor]:
         """One step of the corrector; π of relabelled samples starts again.
 
         Args:
-            embeddings: [n, D] floating, in the order of the data set.
+            embeddings: [m, D] floating, of the samples :meth:`rows`.
             optimizer: of the training; where it is ALSO, its weights give the scores.
             epoch: for the history.
+            group: of all processes of the training, which have to call this.
         """
+        rows = self.rows(group)
+        own = slice(rows.start, rows.stop)
         weights = optimizer.weights if isinstance(optimizer, ALSO) else None
-        scores = None if weights is None else weights.scores()
-        result = self.corrector.step(embeddings, scores, epoch)
-        self.dataset.set_labels(result.new_label)
+        scores = None if weights is None else weights.scores()[own]
+        result = self.corrector.step(embeddings, scores, epoch, group=group)
+        self.dataset.set_labels(self.corrector.labels)
         if weights is not None:
-            weights.reset_(result.changed.nonzero()[:, 0].to(weights.device))
+            changed = result.changed.nonzero()[:, 0] + rows.start
+            weights.reset_(changed.to(weights.device))
         return result
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from als_ext import CorrectionConfig
 from als_ext.data import IndexedDataset
 from als_ext.embedding import make_embedder
-from als_ext.integrations._relabel import Relabelling, evaluating
+from als_ext.integrations._relabel import (
+    Relabelling,
+    all_processes,
+    check_shared,
+    evaluating,
+)
 from als_ext.integrations.also import BatchALSO
 
 try:
@@ -21,6 +26,9 @@ except ImportError as error:
     raise ImportError(
         "als_ext.integrations.lightning needs lightning: pip install 'als_ext[lightning]'"
     ) from error
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["AlsoMixin", "BatchALSO", "CorrectionCallback"]
 
@@ -38,6 +46,8 @@ class AlsoMixin:
         ``configure_callbacks`` adds puts θ in for validation, test and prediction, at the end of an
         epoch and of the training. So checkpoints after an epoch or a validation hold θ; one that is
         written between two steps holds the half point, from which only training should go on.
+        In several processes (strategy "ddp") the optimizer needs ``group=dist.group.WORLD`` and
+        ``batch_size=``, the most samples of a process in a step; see docs/scale.md.
 
     Example:
         >>> import torch
@@ -107,19 +117,13 @@ def _also(trainer: Any) -> BatchALSO | None:
     return found[0] if len(found) == 1 else None
 
 
-def _one_process(trainer: Any) -> None:
-    if trainer.world_size > 1:
-        raise ValueError(
-            "trainer: expected one process, as weights and labels are kept in each, got a world "
-            f"size of {trainer.world_size}"
-        )
-
-
 class _EvaluationPoint(Callback):
     """θ in the module where it is looked at or saved, the half point where it trains."""
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        _one_process(trainer)
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, BatchALSO):
+                check_shared(optimizer, trainer.world_size)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -163,11 +167,12 @@ class CorrectionCallback(Callback):
 
     Raises:
         TypeError: a data set that is no IndexedDataset.
-        ValueError: as the LabelCorrector; no such layer; more than one process; a Trainer that
-            trains on another data set.
+        ValueError: as the LabelCorrector; no such layer; a Trainer that trains on another data set.
 
     Note:
         Worker processes of a DataLoader see new labels; what they fetched before keeps the old.
+        In several processes each embeds its part of the samples, by its own ``dataset``, and all
+        have the labels of one process.
     """
 
     def __init__(
@@ -191,7 +196,6 @@ class CorrectionCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Say now what would fail after the first epochs."""
-        _one_process(trainer)
         make_embedder(pl_module, self._embedding)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -216,16 +220,19 @@ class CorrectionCallback(Callback):
         optimizer = _also(trainer)
         if optimizer is not None:
             optimizer.eval()
-        self._relabelling.correct(self._embeddings(trainer, pl_module), optimizer, epoch)
+        group = all_processes(trainer.world_size)
+        embeddings = self._embeddings(trainer, pl_module, group)
+        self._relabelling.correct(embeddings, optimizer, epoch, group)
         self._done = epoch
 
-    def _embeddings(self, trainer: Any, pl_module: Any) -> Tensor:
+    def _embeddings(self, trainer: Any, pl_module: Any, group: ProcessGroup | None) -> Tensor:
         embed = make_embedder(pl_module, self._embedding)
         precision = trainer.precision_plugin
         generator = torch.Generator()  # a DataLoader would draw from the global one
-        loader = DataLoader(self._items, self._batch_size, generator=generator)
+        items = Subset(self._items, self._relabelling.rows(group))
+        loader = DataLoader(items, self._batch_size, generator=generator)
         parts = []
-        with evaluating(pl_module), precision.forward_context():
+        with evaluating(pl_module, group), precision.forward_context():
             for batch in loader:
                 x = batch[0] if isinstance(batch, (tuple, list)) else batch
                 x = pl_module.transfer_batch_to_device(x, pl_module.device, 0)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from als_ext import CorrectionConfig
 from als_ext.checkpoint import load_checkpoint, save_checkpoint
 from als_ext.integrations._items import IndexedItems, Item
-from als_ext.integrations._relabel import Relabelling, evaluating
+from als_ext.integrations._relabel import (
+    Relabelling,
+    all_processes,
+    check_shared,
+    evaluating,
+)
 from als_ext.integrations.also import BatchALSO
 
 try:
@@ -25,6 +30,9 @@ except ImportError as error:
         "als_ext.integrations.transformers needs transformers and accelerate: "
         "pip install 'als_ext[transformers]'"
     ) from error
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["AlsoTrainer", "CorrectionCallback", "IndexedItems", "mean_of_tokens"]
 
@@ -46,13 +54,14 @@ class AlsoTrainer(Trainer):
 
     Raises:
         TypeError: a training set that is no IndexedItems.
-        ValueError: ``remove_unused_columns``, which would take the index away, is on; more than one
-            process; a batch without index or labels; a model that gives no logits [B, C].
+        ValueError: ``remove_unused_columns``, which would take the index away, is on; a batch
+            without index or labels; a model that gives no logits [B, C].
 
     Note:
         While it trains the model holds the half point of the optimistic step, but θ itself when it
         is evaluated, at the end of an epoch, in each checkpoint and at the end. ``train`` resumes
         the optimizer, π and the labels of a :class:`CorrectionCallback` from a checkpoint.
+        Several processes share π, see docs/scale.md.
     """
 
     optimizer: Any  # set by Trainer; accelerate wraps it when training begins
@@ -65,11 +74,6 @@ class AlsoTrainer(Trainer):
             raise ValueError(
                 "args.remove_unused_columns: expected False, as the model does not take the entry "
                 "'index' and the Trainer would remove it, got True"
-            )
-        if self.args.world_size > 1:
-            raise ValueError(
-                f"args: expected one process, as weights are kept in each, got a world size of "
-                f"{self.args.world_size}"
             )
         if self.train_dataset is not None and not isinstance(self.train_dataset, IndexedItems):
             raise TypeError(
@@ -106,6 +110,10 @@ class AlsoTrainer(Trainer):
                 **self._also_settings,
             }
             groups = [group for group in groups if group["params"]]
+            if self.args.world_size > 1:
+                samples = self.args.train_batch_size * self.args.gradient_accumulation_steps
+                shared = {"group": all_processes(self.args.world_size), "batch_size": samples}
+                settings = {**shared, **settings}
             self.optimizer = BatchALSO(groups, n=len(self.train_dataset), **settings)
         n = self.also.weights.n
         if n != len(self.train_dataset):
@@ -113,6 +121,7 @@ class AlsoTrainer(Trainer):
                 f"optimizers: expected n = {len(self.train_dataset)}, one weight a training "
                 f"sample, got {n}"
             )
+        check_shared(self.also, self.args.world_size)
         return self.also
 
     def compute_loss(
@@ -264,19 +273,25 @@ class CorrectionCallback(TrainerCallback):
         own = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if isinstance(own, BatchALSO):
             own.eval()
-        embeddings = self._embeddings(model, train_dataloader.collate_fn)
-        self._relabelling.correct(embeddings, own, epoch)
+        group = all_processes(args.world_size)
+        embeddings = self._embeddings(model, train_dataloader.collate_fn, group)
+        self._relabelling.correct(embeddings, own, epoch, group)
 
-    def _embeddings(self, model: nn.Module, collate: Callable[[list[Item]], Item]) -> Tensor:
+    def _embeddings(
+        self,
+        model: nn.Module,
+        collate: Callable[[list[Item]], Item],
+        group: ProcessGroup | None,
+    ) -> Tensor:
         device = next(model.parameters()).device
         loader = DataLoader(
-            self._items,
+            Subset(self._items, self._relabelling.rows(group)),
             self._batch_size,
             collate_fn=collate,
             generator=torch.Generator(),  # a DataLoader would draw from the global one
         )
         parts = []
-        with evaluating(model):
+        with evaluating(model, group):
             for batch in loader:
                 inputs = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "index")}
                 parts.append(self._embed(model, inputs).float())
@@ -284,6 +299,8 @@ class CorrectionCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the corrector into the checkpoint's folder."""
+        if not args.should_save:
+            return
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         save_checkpoint(os.path.join(folder, STATE), self.corrector.state_dict())
 
