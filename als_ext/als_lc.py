@@ -103,9 +103,6 @@ class AlsLc(Correcting, Also, name="als-lc"):
     def _on_labels(self) -> bool:
         return self.learns_labels(self._finished + 1)
 
-    def _warm(self) -> bool:
-        return self._finished >= self._pretrain + self.task.config.warmup
-
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """A half cosine without labels, and after these, unless the rate is to be constant, one
         for the warm-up and one for the rest. Else the schedule of the config."""
@@ -121,9 +118,13 @@ class AlsLc(Correcting, Also, name="als-lc"):
         return half_cosine(config.lr, step - warmup, config.epochs * steps_per_epoch - warmup)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """As they are up to the end of the warm-up after epochs without labels: in these each step
-        makes two views of them, and in the warm-up views only slow the network down."""
-        return super().inputs(x) if self._warm() or not self._pretrain else x
+        """After epochs without labels, views in the first half of what follows the warm-up: before,
+        each step makes two of them by itself, or a network with few epochs is slowed down; then it
+        gets used to what it will be asked about."""
+        if not self._pretrain:
+            return super().inputs(x)
+        first = self._pretrain + self.task.config.warmup
+        return super().inputs(x) if first <= self._finished < (first + self.epochs()) / 2 else x
 
     def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         """A step of contrastive learning, or of ALSO."""

@@ -217,21 +217,23 @@ def test_labels_that_are_kept_are_trusted_from_the_first_correction_on(monkeypat
         assert torch.equal(channel._trust[kept], torch.ones(20))
 
 
-def test_views_come_after_the_warm_up_also_where_corrections_have_ended(monkeypatch):
+@pytest.mark.parametrize(("epochs", "viewed"), [(2, [2]), (3, [2]), (6, [2, 3, 4])])
+def test_views_come_in_the_first_half_of_what_follows_the_warm_up(monkeypatch, epochs, viewed):
+    """Also where corrections have ended."""
     x, _, true = digits()
     shifted = []
     shift = RandomShift.__call__
 
     def counting(self, images):
-        shifted.append(len(images))
+        shifted.extend([run._method._finished] * len(images))
         return shift(self, images)
 
     monkeypatch.setattr(RandomShift, "__call__", counting)
     settings = CorrectionConfig(stop_share=1.0)
-    run = trainer(epochs=3, correction=settings, settings={"pretrain": 1})
+    run = trainer(epochs=epochs, correction=settings, settings={"pretrain": 1})
     history = run.fit(x, true).history
-    assert [record["suspects"] is not None for record in history] == [True, False, False, False]
-    assert sum(shifted) == 2 * N
+    assert [record["suspects"] is not None for record in history] == [True] + [False] * epochs
+    assert shifted == [epoch for epoch in viewed for _ in range(N)]
 
 
 def corrections_of(monkeypatch, run, x, given, change=lambda at, winner: winner):
