@@ -15,6 +15,7 @@ from report_run import images, make_run
 
 from als_ext.cli import main
 from als_ext.report import read_samples, write_report, write_samples
+from als_ext.report.charts import line_chart
 
 NASTY = (
     "</script><script>window.pwned = 1</script>",
@@ -334,3 +335,10 @@ def test_damaged_samples_are_refused(run, change, message):
     with pytest.raises(ValueError, match="samples") as error:
         read_samples(path)
     assert message in str(error.value)
+
+
+def test_charts_write_counts_as_people_do():
+    chart = str(line_chart("Changed", {"a": [(1, 0), (2, 11_902)]}, "epoch"))
+    assert "At the end: a 11,902." in chart
+    assert ">10,000</text>" in chart
+    assert "e+" not in chart

@@ -34,7 +34,7 @@ def line_chart(title: str, series: Mapping[str, Points], x_name: str) -> Markup:
         )
         for at, line in enumerate(series.values())
     ]
-    last = ", ".join(f"{name} {line[-1][1]:.4g}" for name, line in series.items())
+    last = ", ".join(f"{name} {_number(line[-1][1])}" for name, line in series.items())
     return _chart(title, x_name, marks, list(series), x_span, y_span, f"At the end: {last}.")
 
 
@@ -65,8 +65,13 @@ def histogram(title: str, groups: Mapping[str, NDArray[np.floating]], x_name: st
         outline = [(low, 0.0), *steps, (high, 0.0)]
         where = " ".join(f"{_x(x, x_span):.1f},{_y(y, y_span):.1f}" for x, y in outline)
         marks.append(Markup('<polygon class="s{}" points="{}"/>').format(at % _COLOURS, where))
-    medians = ", ".join(f"{name} {np.median(v):.4g}" for name, v in kept.items())
+    medians = ", ".join(f"{name} {_number(float(np.median(v)))}" for name, v in kept.items())
     return _chart(title, x_name, marks, list(kept), x_span, y_span, f"Medians: {medians}.", "share")
+
+
+def _number(value: float) -> str:
+    """Four digits, or a count that people read, as in 11,902."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _chart(
@@ -84,11 +89,11 @@ def _chart(
         y = _y(tick, y_span)
         line = '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
         grid.append(Markup(line).format(_LEFT, _WIDTH - _RIGHT, y, y))
-        text = '<text x="{}" y="{:.1f}" text-anchor="end">{:.4g}</text>'
-        grid.append(Markup(text).format(_LEFT - 5, y + 4, tick))
+        text = '<text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+        grid.append(Markup(text).format(_LEFT - 5, y + 4, _number(tick)))
     for tick in _ticks(*x_span):
-        text = '<text x="{:.1f}" y="{}" text-anchor="middle">{:.4g}</text>'
-        grid.append(Markup(text).format(_x(tick, x_span), _HEIGHT - _BOTTOM + 14, tick))
+        text = '<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>'
+        grid.append(Markup(text).format(_x(tick, x_span), _HEIGHT - _BOTTOM + 14, _number(tick)))
     axis = Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>')
     grid.append(axis.format((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 3, x_name))
     legend = Markup("").join(
