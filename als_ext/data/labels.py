@@ -126,6 +126,10 @@ def _place_by_index(
     return placed
 
 
+_INDEXED = ["index", "label"]
+_HEADERS = (["label"], _INDEXED, ["label", "label_noisy"])  # the labels are in the last column
+
+
 def _read_csv(path: Path) -> npt.NDArray[np.int64]:
     indices: list[int] = []
     labels: list[int] = []
@@ -140,12 +144,12 @@ def _read_csv(path: Path) -> npt.NDArray[np.int64]:
                     continue
                 if header is None:
                     header = cells
-                    if cells in (["label"], ["index", "label"]):
+                    if cells in _HEADERS:
                         continue
                     if len(cells) != 1:
                         raise ValueError(
-                            f"{path}: line {reader.line_num}: expected the header index,label "
-                            f"or a single column of labels, got {','.join(cells)}"
+                            f"{path}: line {reader.line_num}: expected the header index,label or "
+                            f"label,label_noisy or a single column of labels, got {','.join(cells)}"
                         )
                 if len(cells) != len(header):
                     raise ValueError(
@@ -154,7 +158,7 @@ def _read_csv(path: Path) -> npt.NDArray[np.int64]:
                     )
                 labels.append(_parse_cell(cells[-1], "label", path, reader.line_num))
                 lines.append(reader.line_num)
-                if len(cells) == 2:
+                if header == _INDEXED:
                     indices.append(_parse_cell(cells[0], "index", path, reader.line_num))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from error
@@ -191,7 +195,8 @@ def read_labels(
         a list of integers, or an object whose ``labels`` is such a list.
     ``.csv``
         one column of integers, with or without the header ``label``; or the header ``index,label``
-        and one row for each index 0..n-1, in any order. Blank lines are skipped.
+        and one row for each index 0..n-1, in any order; or the header ``label,label_noisy`` of
+        published noise files, whose second column is read. Blank lines are skipped.
     ``.npy``
         integer array ``[n]``. Pickled arrays are refused.
     ``.npz``
