@@ -118,13 +118,16 @@ class AlsLc(Correcting, Also, name="als-lc"):
         return half_cosine(config.lr, step - warmup, config.epochs * steps_per_epoch - warmup)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """After epochs without labels, views in the first half of what follows the warm-up: before,
-        each step makes two of them by itself, or a network with few epochs is slowed down; then it
-        gets used to what it will be asked about."""
+        """Views in the first half of the epochs after the warm-up; without pre-training, in all.
+
+        Pre-training makes views by itself. In the warm-up they would slow down a network that has
+        few epochs. In the second half it gets used to images as it will be asked about.
+        """
         if not self._pretrain:
             return super().inputs(x)
         first = self._pretrain + self.task.config.warmup
-        return super().inputs(x) if first <= self._finished < (first + self.epochs()) / 2 else x
+        viewed = range(first, first + (self.epochs() - first) // 2)
+        return super().inputs(x) if self._finished in viewed else x
 
     def step(self, x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         """A step of contrastive learning, or of ALSO."""

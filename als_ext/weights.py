@@ -69,12 +69,12 @@ class SampleWeights:
         group: processes that share π. Each has all of it and gives :meth:`update_` and
             :meth:`reset_` its own part; all of them have to make these calls, that of
             :meth:`batch_share` and this one.
-        batch_size: with a group: the most samples that a process has in a step, >= 1. Without one
-            it changes nothing, so that ``group=dist.group.WORLD``, which is None where
-            torch.distributed was not initialised, makes one script for one process and several.
-        repeats: with a group: "once": an index counts once a step, so that the padding of a
-            ``DistributedSampler`` does not count; "add": losses of equal indices add up (groups of
-            samples that share a weight).
+        batch_size: with a group: the most samples that a process has in a step, >= 1. In a single
+            process it changes nothing: ``group=dist.group.WORLD`` is None there, if
+            torch.distributed was not initialised, and one script serves one process and several.
+        repeats: with a group: "once": an index counts once a step, where the padding of a
+            ``DistributedSampler`` repeats a sample of the same step; "add": losses of equal indices
+            add up (groups of samples that share a weight).
 
     Raises:
         TypeError: an argument of another type or dtype.

@@ -42,8 +42,8 @@ def read_cells(dataset: str) -> dict[tuple[str, str], list[Cell]]:
 
 
 def _noises(groups: dict[tuple[str, str], list[Cell]]) -> list[str]:
-    """By kind, then by rate."""
-    order = ["none", "symmetric", "pair", "asymmetric", "instance"]
+    """By kind, then by rate; label files by name."""
+    order = ["none", "symmetric", "pair", "asymmetric", "instance", "file"]
     return sorted({noise for noise, _ in groups}, key=lambda n: (order.index(n.split(":")[0]), n))
 
 
@@ -58,6 +58,8 @@ def _percent(cells: list[Cell], figure: str) -> str:
 
 def _name(noise: str) -> str:
     kind, _, rate = noise.partition(":")
+    if kind == "file":
+        return Path(rate).stem
     return kind if not rate else f"{kind} {float(rate):.0%}".replace("%", " %")
 
 
@@ -72,6 +74,21 @@ def accuracy_table(dataset: str) -> str:
         for method in methods
     ]
     return markdown_table(["test accuracy, %", *map(_name, noises)], rows)
+
+
+def published_table(name: str) -> str:
+    """Our method and others' published figures on the same label files: a row a label file."""
+    groups = read_cells(name)
+    published = json.loads((CELLS / f"published-{name}.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            _name(noise),
+            _percent(groups.get((noise, OURS), []), "test_accuracy"),
+            *(f"{line[at]:.2f}" for line in published["last"].values()),
+        ]
+        for at, noise in enumerate(published["noises"])
+    ]
+    return markdown_table(["label file", OURS, *published["last"]], rows)
 
 
 def labels_table(dataset: str) -> str:
@@ -185,6 +202,7 @@ TABLES = {
     "scale": scale_table,
     "accuracy": accuracy_table,
     "labels": labels_table,
+    "published": published_table,
     "right": right_table,
     "vote": vote_table,
 }

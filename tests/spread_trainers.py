@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from als_ext.data import IndexedDataset
 from als_ext.models import MLP
 
-N, JOINT, EPOCHS, STOP = 300, 60, 6, 3
+JOINT, EPOCHS, STOP = 60, 6, 3
 
 
 def processes():
@@ -58,9 +58,10 @@ def lightning(folder, epochs=EPOCHS, resume=None, shared=True, accumulate=1):
 
         def configure_optimizers(self):
             joint = {"group": dist.group.WORLD, "batch_size": JOINT // size} if shared else {}
-            return BatchALSO(self.parameters(), n=N, pi_lr=0.1, lr=3e-3, weight_decay=0.0, **joint)
+            return BatchALSO(self.parameters(), n=n, pi_lr=0.1, lr=3e-3, weight_decay=0.0, **joint)
 
-    x, given, _ = blobs(N)
+    n = 310  # the last joint batch is not full; two processes have 155 each
+    x, given, _ = blobs(n)
     train_set = IndexedDataset(x, given)
     correction = CorrectionCallback(train_set, CLASSES, warmup=2, period=2)
     several = {"strategy": "ddp", "devices": size} if size > 1 else {"devices": 1}
@@ -75,7 +76,7 @@ def lightning(folder, epochs=EPOCHS, resume=None, shared=True, accumulate=1):
     batch = JOINT // size // accumulate
     fit.fit(net, DataLoader(train_set, batch, **order), ckpt_path=resume, weights_only=True)
     if epochs == STOP:
-        fit.save_checkpoint(folder / "stopped.ckpt")
+        fit.save_checkpoint(folder / "stopped.ckpt")  # written by the first process
     weights = net.optimizers(use_pl_optimizer=False).weights
     return state_of(net.parameters(), weights, train_set.labels, correction.corrector)
 
@@ -83,11 +84,11 @@ def lightning(folder, epochs=EPOCHS, resume=None, shared=True, accumulate=1):
 def hugging_face(folder, epochs=EPOCHS, resume=None, shared=True, accumulate=1):
     import test_integrations_transformers as hf
 
-    items, _ = hf.problem(N)
+    items, _ = hf.problem(300)  # five joint batches: accelerate would pad others
     train_set = hf.IndexedItems(items)
     correction = hf.CorrectionCallback(train_set, hf.CLASSES, warmup=2, period=2)
     size = processes()
-    also = {"pi_lr": 0.1} if shared else {"pi_lr": 0.1, "group": None}
+    also = {"pi_lr": 0.1} if shared else {"pi_lr": 0.1, "group": None, "batch_size": None}
     # float64: gradients that are zero but for rounding, as of the keys' bias, make no steps then.
     train = hf.trainer(
         folder / "hf", train_set, callbacks=[correction], also=also,
@@ -101,6 +102,12 @@ def hugging_face(folder, epochs=EPOCHS, resume=None, shared=True, accumulate=1):
                     correction.corrector)  # fmt: skip
 
 
+def checkpoint(folder):
+    """The one that a run left which stopped early."""
+    (found,) = [*folder.glob("stopped.ckpt"), *folder.glob("hf/checkpoint-*")]
+    return str(found)
+
+
 def message(function, *arguments, **settings):
     try:
         function(*arguments, **settings)
@@ -112,11 +119,15 @@ def message(function, *arguments, **settings):
 def main(name, folder):
     """All of it in one start, which takes longer than the trainings."""
     train = globals()[name]
+    own = folder / "own"
+    train(own, epochs=STOP)
+    dist.barrier()
     found = {
         "refused": message(train, folder, shared=False),
         "whole": train(folder),
         "accumulated": train(folder, accumulate=2),
-        "resumed": train(folder, resume=(folder / "stopped").read_text()),
+        "resumed": train(folder, resume=checkpoint(folder)),
+        "resumed by those who saved": train(own, resume=checkpoint(own)),
     }
     torch.save(found, folder / f"found{dist.get_rank()}.pt")
 

@@ -301,3 +301,11 @@ def test_errors(workers):
     with pytest.raises(ValueError, match="repeats: expected one of 'once', 'add'"):
         als_ext.ALSO([torch.ones(1, requires_grad=True)], 10, repeats="twice")
     als_ext.ALSO([torch.ones(1, requires_grad=True)], 10, batch_size=3, repeats="add")
+
+
+def test_a_group_that_was_not_made_yet_is_missed(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=r"group: expected that of the 2.*init_process_group first"
+    ):
+        als_ext.SampleWeights(10, group=None, batch_size=3)

@@ -225,3 +225,5 @@ def test_correctors_that_differ_are_an_error_in_all(workers):
     assert "epoch: expected the same on every process, got 0" in texts(parts, "epoch")[1]
     fewer = texts([parts[0], parts[1][1:]])
     assert set(fewer) == {"embeddings: expected 60 rows over all processes, got 59"}
+    given = given[:1]
+    assert "at least 2 rows over all processes, got 1" in texts([x[:1], x[:0]])[1]

@@ -46,6 +46,20 @@ def test_tables_by_hand(cells):
     )
 
 
+def test_published_figures_stand_beside_ours_by_hand(cells, tmp_path):
+    line = {"noise": "file:sym_r0.2.json", "method": "als-lc", "status": "done", "seed": 0}
+    (tmp_path / "compare-d" / "cells.jsonl").write_text(json.dumps({**line, "test_accuracy": 0.99}))
+    noises = ["file:sym_r0.2.json", "file:idn_r0.2.csv"]
+    published = {"noises": noises, "last": {"A": [98.5, 70], "B": [99.75, 1.25]}}
+    (tmp_path / "published-d.json").write_text(json.dumps(published))
+    assert results_page.published_table("d").splitlines() == [
+        "| label file | als-lc | A | B |",
+        "| --- | --- | --- | --- |",
+        "| sym_r0.2 | 99.00 | 98.50 | 99.75 |",
+        "| idn_r0.2 | – | 70.00 | 1.25 |",
+    ]
+
+
 def test_tables_of_corrections_by_hand(cells, tmp_path):
     line = {"set": "wine", "samples": 178, "noise": "pair:0.3"}
     rights = {"plain vote, k = 5": 0.7, "correct_labels": 0.8, "plain vote, k = 10": 0.75}

@@ -66,6 +66,7 @@ def grid_of(given: dict[str, Any], words: list[str], saved: Grid | None) -> Grid
     check_methods([v.method for v in methods.values()], settings["clean_per_class"])
     for variant in methods.values():  # n = 1: the most epochs; the rest shows with the data
         every = {**DEFAULTS, **settings}
+        # Any rate that is allowed: the noise is not made yet.
         own = told_rate(dict(variant.settings), noise_rate=0.5)
         config = train_config(variant.method, every, own, n=1)
         METHODS[variant.method].check(config)

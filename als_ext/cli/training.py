@@ -105,6 +105,9 @@ def make_trainer(
         out: folder of its checkpoint and metrics.
         progress: as for :class:`als_ext.Trainer`.
         more: further arguments of :class:`als_ext.TrainConfig`.
+
+    Raises:
+        ValueError: as ``told_rate``; settings that do not fit.
     """
     own = told_rate(own, data.noise_rate)
     config = train_config(name, settings, own, len(data.given_labels), **more)

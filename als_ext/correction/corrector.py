@@ -249,6 +249,10 @@ class LabelCorrector:
             raise ValueError(
                 f"embeddings: expected {len(self)} rows over all processes, got {sum(rows)}"
             )
+        if sum(rows) < 2:
+            raise ValueError(
+                f"embeddings: expected at least 2 rows over all processes, got {sum(rows)}"
+            )
         return found[0], SpreadRows(processes, rows)
 
     def undo(self, index: Array | int | None = None, *, pin: bool = False) -> Tensor:

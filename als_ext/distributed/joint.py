@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from als_ext.distributed.processes import Facts, Processes
@@ -115,10 +117,22 @@ class JointBatch:
 def joint_batch(
     group: ProcessGroup | None, batch_size: int | None, repeats: str, settings: Facts
 ) -> JointBatch | None:
-    """A JointBatch where there is a group; else only the check, so that one script does both."""
+    """A JointBatch where there is a group; else only checks, so that one script does both.
+
+    Raises:
+        ValueError: a batch size without a group, where there are several processes: each would
+            keep weights of its own.
+    """
     if group is not None:
         return JointBatch(group, batch_size, repeats, settings)
+    check_choice("repeats", repeats, REPEATS)
     if batch_size is not None:
         check_int("batch_size", batch_size, low=1)
-    check_choice("repeats", repeats, REPEATS)
+        started = dist.is_available() and dist.is_initialized()
+        size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1:
+            raise ValueError(
+                f"group: expected that of the {size} processes, as batch_size is given, got None"
+                + ("" if started else "; call torch.distributed.init_process_group first")
+            )
     return None

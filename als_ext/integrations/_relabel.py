@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from als_ext import ALSO, CorrectionConfig, CorrectionResult, LabelCorrector
 from als_ext.data import IndexedDataset
@@ -48,8 +49,11 @@ def evaluating(model: nn.Module, group: ProcessGroup | None = None) -> Iterator[
     model.eval()
     try:
         with torch.no_grad():
-            for buffer, _ in buffers:
-                dist.broadcast(buffer, group=group, group_src=0)
+            for buffer, own in buffers:
+                # Gloo takes memory for dense, whatever the strides.
+                sent = own.clone(memory_format=torch.contiguous_format)
+                dist.broadcast(sent, group=group, group_src=0)
+                buffer.copy_(sent)
             yield
     finally:
         for module, training in modes:
@@ -68,6 +72,11 @@ class Relabelling:
         warmup: epochs before the first correction, >= 1.
         period: epochs from one to the next, >= 1.
         config: settings of the corrector; None takes the defaults.
+        plain: where ``dataset`` has random augmentation, the same samples in the same order without
+            it; None is ``dataset``.
+
+    Attributes:
+        items: of these the embeddings are made.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class Relabelling:
         warmup: int,
         period: int,
         config: CorrectionConfig | None,
+        plain: Dataset[Any] | None = None,
     ) -> None:
         if not isinstance(dataset, IndexedDataset):
             raise TypeError(
@@ -85,6 +95,12 @@ class Relabelling:
             )
         check_int("warmup", warmup, low=1)
         check_int("period", period, low=1)
+        self.items: Dataset[Any] = dataset if plain is None else plain
+        if not isinstance(self.items, Sized) or len(self.items) != len(dataset):
+            got = len(self.items) if isinstance(self.items, Sized) else "one without a length"
+            raise ValueError(
+                f"plain: expected the {len(dataset)} samples of dataset, in its order, got {got}"
+            )
         self.dataset = dataset
         self.warmup, self.period = warmup, period
         self.corrector = LabelCorrector(dataset.labels, num_classes, config)
@@ -104,6 +120,11 @@ class Relabelling:
         if group is None:
             return range(n)
         processes = Processes(group)
+        if n < processes.size:
+            raise ValueError(
+                f"dataset: expected at least a sample for each of {processes.size} processes, "
+                f"got {n}"
+            )
         first, end = (n * (processes.rank + more) // processes.size for more in (0, 1))
         return range(first, end)
 
@@ -121,7 +142,12 @@ class Relabelling:
             optimizer: of the training; where it is ALSO, its weights give the scores.
             epoch: for the history.
             group: of all processes of the training, which have to call this.
+
+        Raises:
+            ValueError: each process has weights of its own.
         """
+        if isinstance(optimizer, ALSO):
+            check_shared(optimizer, 1 if group is None else Processes(group).size)
         rows = self.rows(group)
         own = slice(rows.start, rows.stop)
         weights = optimizer.weights if isinstance(optimizer, ALSO) else None

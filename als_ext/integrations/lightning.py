@@ -167,7 +167,9 @@ class CorrectionCallback(Callback):
 
     Raises:
         TypeError: a data set that is no IndexedDataset.
-        ValueError: as the LabelCorrector; no such layer; a Trainer that trains on another data set.
+        ValueError: as the LabelCorrector; a ``plain`` of another length; no such layer; a Trainer
+            that trains on another data set; weights that several processes do not share; fewer
+            samples than processes.
 
     Note:
         Worker processes of a DataLoader see new labels; what they fetched before keeps the old.
@@ -187,10 +189,9 @@ class CorrectionCallback(Callback):
         plain: Dataset[Any] | None = None,
         batch_size: int = 256,
     ) -> None:
-        self._relabelling = Relabelling(dataset, num_classes, warmup, period, config)
+        self._relabelling = Relabelling(dataset, num_classes, warmup, period, config, plain)
         self.corrector = self._relabelling.corrector
         self._embedding = embedding
-        self._items: Dataset[Any] = dataset if plain is None else plain
         self._batch_size = batch_size
         self._done = 0  # the last epoch after which was corrected
 
@@ -229,7 +230,7 @@ class CorrectionCallback(Callback):
         embed = make_embedder(pl_module, self._embedding)
         precision = trainer.precision_plugin
         generator = torch.Generator()  # a DataLoader would draw from the global one
-        items = Subset(self._items, self._relabelling.rows(group))
+        items = Subset(self._relabelling.items, self._relabelling.rows(group))
         loader = DataLoader(items, self._batch_size, generator=generator)
         parts = []
         with evaluating(pl_module, group), precision.forward_context():

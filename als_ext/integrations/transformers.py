@@ -55,7 +55,8 @@ class AlsoTrainer(Trainer):
     Raises:
         TypeError: a training set that is no IndexedItems.
         ValueError: ``remove_unused_columns``, which would take the index away, is on; a batch
-            without index or labels; a model that gives no logits [B, C].
+            without index or labels; a model that gives no logits [B, C]; several processes that do
+            not share their weights (``also={"group": None}``, an optimizer of your own).
 
     Note:
         While it trains the model holds the half point of the optimistic step, but θ itself when it
@@ -225,7 +226,9 @@ class CorrectionCallback(TrainerCallback):
 
     Raises:
         TypeError: a data set that is no IndexedItems.
-        ValueError: as the LabelCorrector; a Trainer that trains on another data set.
+        ValueError: as the LabelCorrector; a ``plain`` of another length; a Trainer that trains on
+            another data set; weights that several processes do not share; fewer samples than
+            processes.
     """
 
     def __init__(
@@ -240,10 +243,9 @@ class CorrectionCallback(TrainerCallback):
         plain: Dataset[Any] | None = None,
         batch_size: int = 256,
     ) -> None:
-        self._relabelling = Relabelling(dataset, num_classes, warmup, period, config)
+        self._relabelling = Relabelling(dataset, num_classes, warmup, period, config, plain)
         self.corrector = self._relabelling.corrector
         self._embed = embed
-        self._items = dataset if plain is None else plain
         self._batch_size = batch_size
 
     def on_train_begin(
@@ -285,7 +287,7 @@ class CorrectionCallback(TrainerCallback):
     ) -> Tensor:
         device = next(model.parameters()).device
         loader = DataLoader(
-            Subset(self._items, self._relabelling.rows(group)),
+            Subset(self._relabelling.items, self._relabelling.rows(group)),
             self._batch_size,
             collate_fn=collate,
             generator=torch.Generator(),  # a DataLoader would draw from the global one

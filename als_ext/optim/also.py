@@ -123,9 +123,9 @@ class ALSO(Optimizer):
             DistributedDataParallel does; all of them call :meth:`loss_weight` and :meth:`step` with
             their own parts. Parameters and weights are then those of one process with the joint
             batch.
-        batch_size: with a group: the most samples that a process has in a step, >= 1. Without one
-            it changes nothing, so that ``group=dist.group.WORLD``, which is None where
-            torch.distributed was not initialised, makes one script for one process and several.
+        batch_size: with a group: the most samples that a process has in a step, >= 1. In a single
+            process it changes nothing: ``group=dist.group.WORLD`` is None there, if
+            torch.distributed was not initialised, and one script serves one process and several.
         repeats: with a group: "once" or "add", see :class:`als_ext.SampleWeights`.
 
     Raises:
