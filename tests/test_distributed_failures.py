@@ -2,11 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import test_distributed_also as also
@@ -14,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
+from workers import torchrun
 
 import als_ext
 from als_ext.checkpoint import load_checkpoint, save_checkpoint
@@ -140,21 +138,10 @@ def test_a_killed_run_goes_on_with_fewer_processes(tmp_path, workers):
 
 def test_torchrun_starts_it_again(tmp_path):
     """As docs/scale.md says, the variable included."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    options = [
-        "--nproc-per-node=2",
-        "--max-restarts=1",
-        str(Path(__file__).parent / "restarted.py"),
-    ]
-    done = subprocess.run(
-        [*torchrun, *options, str(tmp_path)],
-        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    options = ["--max-restarts=1"]
+    done = torchrun(
+        "restarted.py", tmp_path, options=options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
     )
-    assert done.returncode == 0, done.stderr
     assert "failed (exitcode: -9)" in done.stderr
     found = [torch.load(tmp_path / f"found{rank}.pt") for rank in range(2)]
     assert found[0][0] == found[1][0] > 0  # it went on, from where it was

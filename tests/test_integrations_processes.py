@@ -1,16 +1,12 @@
 """Lightning and Hugging Face in several processes: the weights and labels of one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import spread_trainers
 import torch
 from blobs import blobs
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
+from workers import torchrun
 
 import als_ext
 from als_ext.data import IndexedDataset
@@ -21,16 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def spread(name, folder):
     """What both processes of one start of torchrun found."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(Path(spread_trainers.__file__)), name, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun("spread_trainers.py", name, folder, OMP_NUM_THREADS="1")
     return [torch.load(folder / f"found{rank}.pt") for rank in range(2)]
 
 

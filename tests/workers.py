@@ -2,8 +2,11 @@
 
 import io
 import os
+import subprocess
+import sys
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from queue import Empty
 
 import torch
@@ -96,6 +99,21 @@ class Workers:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def torchrun(script, *arguments, options=(), **environment):
+    """Two processes of a script in tests/, started as a user would; what they wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, *options, str(Path(__file__).parent / script), *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def shards(values, rows):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from als_ext.correction._pandas import pandas_for
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -46,12 +48,7 @@ class RelabelHistory:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "RelabelHistory.to_pandas needs pandas: pip install 'als_ext[pandas]'"
-            ) from error
+        pd = pandas_for("RelabelHistory.to_pandas")
         return pd.DataFrame({f.name: getattr(self, f.name).numpy() for f in fields(self)})
 
 

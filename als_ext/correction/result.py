@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from als_ext.correction._pandas import pandas_for
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -93,11 +95,6 @@ class CorrectionResult(Generic[ArrayT]):
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "CorrectionResult.to_pandas needs pandas: pip install 'als_ext[pandas]'"
-            ) from error
+        pd = pandas_for("CorrectionResult.to_pandas")
         host = self.numpy()
         return pd.DataFrame({name: getattr(host, name) for name in _COLUMNS}).rename_axis("sample")
