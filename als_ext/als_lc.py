@@ -11,6 +11,7 @@ from torch import Tensor
 
 from als_ext.contrast import EPOCHS, Contrast
 from als_ext.correction import CorrectionResult, LabelCorrector
+from als_ext.correction.disputes import labels_are_evidence, propagated_labels
 from als_ext.embedding import make_embedder, principal_axes, project
 from als_ext.forward import LocalChannel
 from als_ext.methods import Also, Correcting, Relabels, Task
@@ -18,6 +19,7 @@ from als_ext.metrics import Record
 from als_ext.ops import weighted_loss
 from als_ext.ops._checks import check_int
 from als_ext.runtime import half_cosine
+from als_ext.settled import SettledLabels, move
 
 # The pixels know what the views were made to differ in, which tells a coat from a dress.
 _PIXELS = 0.35  # their share
@@ -61,7 +63,14 @@ class AlsLc(Correcting, Also, name="als-lc"):
     the network's own embedding vote, and what all of them agree on is trained on as well, with the
     weight of the share of labels that are wrong: the less given labels say, the more. There is a
     last vote after the last epoch; it and the first one start from the network's predictions.
-    Where the samples are no images there is no channel: corrected labels are trained on. Scores of
+    Where the samples are no images there is no channel: corrected labels are trained on.
+
+    Where the first correction finds that given labels are no evidence about samples that neighbours
+    dispute (:mod:`als_ext.correction.disputes`) there is no channel either. Labels then spread over
+    neighbourhoods, and the network trains on those that are settled and on views of all samples
+    (:mod:`als_ext.settled`); later corrections start from its predictions and hear votes alone.
+
+    Scores of
     later corrections are log pi; pi of relabelled samples starts again, since its history belongs
     to the old label.
     """
@@ -88,7 +97,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
                 f"before the first labels has no scores, got {self._pretrain}"
             )
         self._finished = 0  # epochs
-        self._channel: LocalChannel | None = None  # there is one after epochs without labels
+        # One of the two is there after epochs without labels.
+        self._channel: LocalChannel | None = None
+        self._settled: SettledLabels | None = None
         embed = make_embedder(task.model, task.config.embedding)
         self._contrast = Contrast(task.model.parameters(), embed, task.device, self.amp)
 
@@ -135,6 +146,8 @@ class AlsLc(Correcting, Also, name="als-lc"):
             return self._contrast.step(x, self.optimizer.param_groups[0]["lr"])
         if self._channel is not None:
             return self._step_through(self._channel, x, index)
+        if self._settled is not None:
+            return self._step_settled(self._settled, x, index)
         return super().step(x, label, index)
 
     def _step_through(self, channel: LocalChannel, x: Tensor, index: Tensor) -> Tensor:
@@ -147,6 +160,20 @@ class AlsLc(Correcting, Also, name="als-lc"):
         self.amp.backward_and_step(total, self.optimizer, index=index, losses=losses)
         return losses
 
+    def _step_settled(self, settled: SettledLabels, x: Tensor, index: Tensor) -> Tensor:
+        """A step of ALSO on what is settled, and on views of all samples."""
+        with self.amp.autocast():
+            logits: Tensor = self.task.model(x)
+            of_views: Tensor = self.task.model(move(x))
+        label, plain, moved = settled.targets(logits, index)
+        weight = self.optimizer.loss_weight(index)
+        first, losses = weighted_loss(logits, label, weight * plain)
+        second, losses_of_views = weighted_loss(of_views, label, weight * moved)
+        losses = (losses * plain + losses_of_views * moved).detach()
+        self.optimizer.zero_grad()
+        self.amp.backward_and_step(first + second, self.optimizer, index=index, losses=losses)
+        return losses
+
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
         self._finished = epoch
@@ -154,7 +181,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
             self._contrast.clear()
         record = super().after_epoch(epoch, losses)
         if epoch == self.epochs():
-            self._channel = None
+            self._channel = self._settled = None
         return record
 
     def due(self, epoch: int) -> bool:
@@ -167,8 +194,9 @@ class AlsLc(Correcting, Also, name="als-lc"):
     def relabels(self, epoch: int) -> Relabels:
         """A step of the corrector; before the first step on labels pi has nothing to say."""
         if not self.learns_labels(epoch):
-            result = self.corrector.step(self._without_labels(), None, epoch)
-            self._open(result, torch.zeros_like(result.share))
+            result = self._correct_without_labels(epoch)
+        elif self._settled is not None:
+            result = self._correct_settled(self._settled, epoch)
         elif self._channel is None:
             result = self.corrector.step(self.task.embeddings(), self.scores(), epoch)
         else:
@@ -179,6 +207,40 @@ class AlsLc(Correcting, Also, name="als-lc"):
         return Relabels(
             result.new_label, result.suspect, result.share, result.margin, result.neighbours
         )
+
+    def _correct_without_labels(self, epoch: int) -> CorrectionResult[Tensor]:
+        """The first correction, and how to train after it."""
+        given = self.corrector.original.to(self.task.device)
+        classes, config = self.task.num_classes, self.task.config.correction
+        x = self._without_labels()
+        result = self.corrector.step(x, None, epoch)
+        assert result.guess is not None  # there are no given suspects
+        if labels_are_evidence(x, given, result.guess, result.winner, classes):
+            self._open(result, torch.zeros_like(result.share))
+            return result
+        guess = propagated_labels(x, given, result.guess, classes, config)
+        self.corrector.undo()
+        result = self.corrector.step(x, None, epoch, guess, votes_only=True)
+        self._settle(result)
+        return result
+
+    def _correct_settled(self, settled: SettledLabels, epoch: int) -> CorrectionResult[Tensor]:
+        """A later correction where given labels are no evidence."""
+        guess = self._predictions(settled.label)
+        result = self.corrector.step(self.task.embeddings(), None, epoch, guess, votes_only=True)
+        if epoch < self.epochs():
+            self._settle(result)
+        return result
+
+    def _settle(self, result: CorrectionResult[Tensor]) -> None:
+        """Train on what all neighbours agree on in this correction."""
+        label, settled = result.winner, result.share == 1.0
+        if self.task.kept is not None:
+            kept = self.task.kept.to(self.task.device)
+            given = self.corrector.original.to(self.task.device)
+            label = label.index_copy(0, kept, given[kept])
+            settled = settled.index_fill(0, kept, True)
+        self._settled = SettledLabels(label, settled)
 
     def _open(self, result: CorrectionResult[Tensor], trust: Tensor) -> None:
         """Train through the channel of this correction, trusted by float32 [n]."""
@@ -199,11 +261,16 @@ class AlsLc(Correcting, Also, name="als-lc"):
             if not self._loses(channel.winner, result.winner):
                 return result
             self.corrector.undo()
-        guess = self.task.collect(lambda x: self.predict(x).argmax(1))
-        # A class may get lost on the way through the channel, which explains labels by others too.
-        if self._loses(channel.winner, guess):
-            guess = channel.winner
+        guess = self._predictions(channel.winner)
         return self.corrector.step(embeddings, scores, epoch, guess)
+
+    def _predictions(self, before: Tensor) -> Tensor:
+        """The network's opinion of all samples, or the labels before if it has lost a class.
+
+        One may get lost on the way through a channel, which explains labels by others too.
+        """
+        guess = self.task.collect(lambda x: self.predict(x).argmax(1))
+        return before if self._loses(before, guess) else guess
 
     def _loses(self, before: Tensor, now: Tensor) -> bool:
         """Whether of a class before too few are of it now."""
@@ -230,6 +297,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
             "finished": self._finished,
             "contrast": self._contrast.state_dict(),
             "channel": None if self._channel is None else self._channel.state_dict(),
+            "settled": None if self._settled is None else self._settled.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,3 +308,5 @@ class AlsLc(Correcting, Also, name="als-lc"):
         self._contrast.load_state_dict(state["contrast"])
         if state["channel"] is not None:
             self._channel = LocalChannel.from_state_dict(state["channel"], self.task.device)
+        if state.get("settled") is not None:  # earlier checkpoints have none
+            self._settled = SettledLabels.from_state_dict(state["settled"], self.task.device)

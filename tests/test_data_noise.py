@@ -21,7 +21,7 @@ def features(n=N, width=6, seed=6):
     return torch.from_numpy(np.random.default_rng(seed).random((n, 1, 2, width // 2))).float()
 
 
-SPECS = ["none", "symmetric:0.4", "pair:0.45", "asymmetric:0.3", "instance:0.4"]
+SPECS = ["none", "symmetric:0.4", "pair:0.45", "asymmetric:0.3", "instance:0.4", "hard:0.4"]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.001, 0.2, 0.4, 0.5, 0.8, 1.0])
@@ -148,6 +148,36 @@ def test_instance_blocks_do_not_change_the_result(monkeypatch):
     whole = apply_noise(*args)
     monkeypatch.setattr("als_ext.data.noise._INSTANCE_BLOCK_ELEMENTS", 64)
     assert torch.equal(apply_noise(*args).labels, whole.labels)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 1.0])
+def test_hard_noise_gives_what_lies_between_classes_to_the_other_one(rate):
+    """Three classes in a row: the middle of the row is between the first two or the last two."""
+    n = 3000
+    y = torch.arange(n) % 3
+    x = 2.0 * y[:, None] + torch.rand(n, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noisy = apply_noise(y, f"hard:{rate}", 3, 0, torch.cat([x, x.square()], dim=1))
+    assert int(noisy.flipped.sum()) == round(rate * n)
+    if rate in (0.0, 1.0):
+        return
+    border = torch.tensor([1.0, 3.0])
+    distance = (x - border).abs().amin(dim=1)
+    assert distance[noisy.flipped].mean() < 0.5 * distance[~noisy.flipped].mean()
+    right_of = (x[:, 0] > y * 2).long() * 2 - 1  # the class on the side where the sample lies
+    near = noisy.flipped & (distance < 0.3)
+    assert int(near.sum()) > 100
+    assert float((noisy.labels == y + right_of)[near].double().mean()) > 0.99
+
+
+def test_hard_noise_is_averaged_over_the_epochs_of_a_classifier(monkeypatch):
+    """One epoch alone ranks otherwise; how many samples are asked about at once plays no part."""
+    y, x = clean_labels(), features()
+    five = apply_noise(y, "hard:0.3", C, 0, x).labels
+    monkeypatch.setattr("als_ext.data.hard._EPOCHS", 1)
+    assert not torch.equal(apply_noise(y, "hard:0.3", C, 0, x).labels, five)
+    monkeypatch.setattr("als_ext.data.hard._EPOCHS", 5)
+    monkeypatch.setattr("als_ext.data.hard._BLOCK", 64)
+    assert torch.equal(apply_noise(y, "hard:0.3", C, 0, x).labels, five)
 
 
 @pytest.mark.parametrize("mean", [0.01, 0.5, 0.99])
@@ -282,6 +312,7 @@ def test_file_paths_may_hold_colons():
         ({"num_classes": 1}, ValueError, "num_classes: expected at least 2, got 1"),
         ({"seed": -1}, ValueError, "seed: expected at least 0, got -1"),
         ({"features": None}, ValueError, r"features: instance noise needs .*\[1003, \.\.\.\]"),
+        ({"features": None, "spec": "hard:0.4"}, ValueError, "features: hard noise needs the inp"),
         ({"features": features(7)}, ValueError, r"features: expected shape \[1003, \.\.\.\]"),
         ({"features": torch.ones(N)}, ValueError, r"features: expected shape .*got \[1003\]"),
         ({"features": torch.ones(N, 2).long()}, TypeError, "features: expected floating point"),

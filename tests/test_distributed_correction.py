@@ -44,6 +44,10 @@ def check(workers, rows, x, labels, scores=None, **options):
     found = workers.run(len(rows), spread, cut(x), cut(labels), spread_scores, parts)
     for name in FIELDS:
         assert torch.equal(torch.cat([getattr(f, name) for f in found]), getattr(want, name)), name
+    if want.guess is None:
+        assert all(f.guess is None for f in found)
+    else:
+        assert torch.equal(torch.cat([f.guess for f in found]), want.guess)
     for name in CLOSE:
         torch.testing.assert_close(
             torch.cat([getattr(f, name) for f in found]), getattr(want, name), rtol=1e-6, atol=1e-6
@@ -151,7 +155,8 @@ def steps_of(corrector, rounds, group=None):
     """A life of a corrector: each round a step, between them a decision and an undo."""
     results = []
     for epoch, (x, scores, guess) in enumerate(rounds):
-        results.append(corrector.step(x, scores, epoch, guess, group=group))
+        alone = epoch == 2
+        results.append(corrector.step(x, scores, epoch, guess, group, votes_only=alone))
         if epoch == 0:
             corrector.undo(results[0].changed.new_tensor([2, 5, 7], dtype=torch.int64), pin=True)
         if epoch == 1:
@@ -206,7 +211,8 @@ def differing_steps(group, x, given, change):
         corrector.undo(3, pin=True)
     before = corrector.state_dict()
     try:
-        corrector.step(x[rank], epoch=rank if change == "epoch" else 0, group=group)
+        epoch, alone = (rank if change == name else 0 for name in ("epoch", "votes_only"))
+        corrector.step(x[rank], epoch=epoch, group=group, votes_only=bool(alone))
     finally:
         same = torch.equal(corrector.labels, before["labels"]) and len(corrector.history) == 0
         assert same, "the labels did not stay"
@@ -223,6 +229,7 @@ def test_correctors_that_differ_are_an_error_in_all(workers):
     parts = shards(x, (20, 40))
     assert "pinned samples: expected the same on every process" in texts(parts, "pin")[0]
     assert "epoch: expected the same on every process, got 0" in texts(parts, "epoch")[1]
+    assert "votes_only: expected the same on every process" in texts(parts, "votes_only")[0]
     fewer = texts([parts[0], parts[1][1:]])
     assert set(fewer) == {"embeddings: expected 60 rows over all processes, got 59"}
     given = given[:1]

@@ -19,7 +19,7 @@ LAYERS = [  # a module may import from layers below its own, never from above
     {"distributed"},
     {"augment", "embedding", "io", "progress", "runtime", "weights"},
     {"optim", "correction", "data", "models"},
-    {"checkpoint", "config", "contrast", "forward", "loader", "metrics"},
+    {"checkpoint", "config", "contrast", "forward", "loader", "metrics", "settled"},
     {"methods"},
     {"als_lc", "baselines"},
     {"trainer"},

@@ -53,7 +53,7 @@ def run(
     noise: Annotated[
         str | None,
         typer.Option(
-            help="none, symmetric:R, pair:R, asymmetric:R, instance:R or file:PATH.",
+            help="none, symmetric:R, pair:R, asymmetric:R, instance:R, hard:R or file:PATH.",
             show_default="symmetric:0.4; none for npz:, folder: and --labels",
         ),
     ] = None,

@@ -90,7 +90,7 @@ class CorrectionConfig:
         check_choice("precision", self.precision, PRECISIONS)
 
 
-def _local(n: int, num_classes: int) -> int:
+def local_neighbours(n: int, num_classes: int) -> int:
     """Neighbours that are mostly of one class and near: a sixteenth of the mean class size."""
     return max(1, min(n - 1, n // (_LOCAL * num_classes)))
 
@@ -102,7 +102,7 @@ def neighbours_that_vote(k: int | str, n: int, num_classes: int) -> int:
         ValueError: more than the n - 1 others.
     """
     if isinstance(k, str):
-        return min(_VOTERS, _local(n, num_classes))
+        return min(_VOTERS, local_neighbours(n, num_classes))
     if k > n - 1:
         raise ValueError(f"k: expected in [1, {n - 1}] (the other rows), got {k}")
     return k
@@ -112,5 +112,5 @@ def neighbourhoods(
     region: int, spread: tuple[int, ...], n: int, num_classes: int
 ) -> tuple[int, tuple[int, ...]]:
     """``region`` and ``spread``, made smaller where classes are small."""
-    limit = _local(n, num_classes)
+    limit = local_neighbours(n, num_classes)
     return min(region, limit), tuple(min(hop, limit) for hop in spread)

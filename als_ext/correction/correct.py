@@ -214,13 +214,15 @@ def correct(
     suspect_mask: Tensor | None = None,
     voter_mask: Tensor | None = None,
     guess: Tensor | None = None,
+    votes_only: bool = False,
     rows: Rows = HERE,
 ) -> CorrectionResult[Tensor]:
     """The procedure on checked tensors. Every decision is about ``given``, never ``current``.
 
     ``current`` differs from ``given`` where an earlier correction relabelled: there the score
     belongs to a label of our own making and is not heard, so that no decision confirms itself.
-    ``guess`` [n] int64 takes the place of the first guess.
+    ``guess`` [n] int64 takes the place of the first guess. With ``votes_only`` given labels are no
+    evidence beyond that guess.
     """
     suspect, threshold = suspect_mask, None
     if suspect is None and config.suspects != "auto":
@@ -235,7 +237,7 @@ def correct(
     region, spread = neighbourhoods(config.region, config.spread, n, num_classes)
     widest = k if suspect is not None else max(k, region, *spread)
     graph = Graph(x, widest, config.metric, config.precision, rows)
-    survival = None
+    first = survival = None
     if suspect is not None:
         voter = _voters(given, suspect, config.voters, voter_mask, rows)
         vote = plain_vote(graph, voter, given, num_classes, k, config.vote_smoothing)
@@ -248,19 +250,21 @@ def correct(
             label, survival = surviving_labels(graph, voter, num_classes, region, spread)
         else:
             label, survival = guess, int(rows.sum((guess == given).sum())) / n
+        first = label
         bins = None if score is None else ScoreBins(score, current == given, rows)
         for _ in range(config.rounds):
             voting = label.masked_fill(voter < 0, -1)
             sure = graph.unanimous(label, voting, k)
+            channel = noise_channel(label, given, num_classes, sure, rows)
             vote = bayes_vote(
                 graph,
                 voting,
                 given,
-                noise_channel(label, given, num_classes, sure, rows),
+                torch.ones_like(channel) if votes_only else channel,
                 k,
                 config.vote_smoothing,
                 None if bins is None else bins.evidence(label != given, config.score_limit),
-            )
+            )._replace(channel=channel)
             label = torch.where(vote.winner < 0, given, vote.winner)
         accept = suspect = label != given
     accept = accept & (vote.share >= config.min_share) & (vote.margin >= config.min_margin)
@@ -277,6 +281,7 @@ def correct(
         neighbours=graph.indices[:, :k].contiguous(),
         distances=graph.distance[:, :k].contiguous(),
         channel=vote.channel.float(),
+        guess=first,
         k=k,
         survival=survival,
         threshold=threshold,

@@ -133,6 +133,8 @@ class LabelCorrector:
         epoch: int | None = None,
         guess: Array | None = None,
         group: ProcessGroup | None = None,
+        *,
+        votes_only: bool = False,
     ) -> CorrectionResult[Tensor]:
         """Correct the labels with new embeddings.
 
@@ -145,6 +147,8 @@ class LabelCorrector:
             guess: [n] integers in [0, num_classes), a classifier's opinion of the true labels, in
                 place of the first guess from neighbourhoods. Not from one that was fitted to the
                 given labels: it would confirm them. Not with given suspects.
+            votes_only: whether votes alone decide, given labels being no evidence beyond the first
+                guess: for mistakes that gather where classes meet. Not with given suspects.
             group: processes that have the rows of embeddings, scores and guess between them, in
                 their order. Each has a corrector of all labels that saw the same steps, and all of
                 them call this. None: all rows are here.
@@ -162,11 +166,13 @@ class LabelCorrector:
         """
         if epoch is None:
             epoch = self._steps
-        read = partial(self._read, embeddings, scores, epoch, guess)
+        read = partial(self._read, embeddings, scores, epoch, guess, votes_only)
         if group is None:
             (x, score, opinion), rows = read(len(self)), HERE
         else:
-            (x, score, opinion), rows = self._read_together(Processes(group), read, epoch)
+            (x, score, opinion), rows = self._read_together(
+                Processes(group), read, {"epoch": epoch, "votes_only": votes_only}
+            )
         start, _ = rows.span(len(x))
         own = slice(start, start + len(x))
         current = self._labels[own].to(x.device)
@@ -178,6 +184,7 @@ class LabelCorrector:
             self._num_classes,
             self._config,
             guess=opinion,
+            votes_only=votes_only,
             rows=rows,
         )
         if self._pinned.any():
@@ -203,10 +210,15 @@ class LabelCorrector:
         scores: Array | None,
         epoch: int,
         guess: Array | None,
+        votes_only: bool,
         n: int | None = None,
     ) -> _Inputs:
         """Arguments of a step, checked; of n rows, or of any number of them."""
         check_int("epoch", epoch, low=0)
+        if votes_only and self._config.suspects != "auto":
+            raise ValueError(
+                f"votes_only: expected False with suspects={self._config.suspects!r}, got True"
+            )
         x = read_embeddings(embeddings, least=0 if n is None else 2)
         if n is not None:
             check_length("embeddings", x, n)
@@ -224,7 +236,7 @@ class LabelCorrector:
         return x, score, opinion
 
     def _read_together(
-        self, processes: Processes, read: Callable[[], _Inputs], epoch: int
+        self, processes: Processes, read: Callable[[], _Inputs], arguments: Facts
     ) -> tuple[_Inputs, Rows]:
         """Arguments of this process, checked in all; so is that the correctors are the same."""
         found: list[_Inputs] = []
@@ -234,7 +246,7 @@ class LabelCorrector:
             found.append((x, score, opinion))
             settings: Facts = {"columns of embeddings": x.shape[1], "settings": self._config}
             settings |= {"scores given": score is not None, "guess given": opinion is not None}
-            settings |= {"num_classes": self._num_classes, "epoch": epoch}
+            settings |= {"num_classes": self._num_classes, **arguments}
             settings["steps before this one"] = self._steps
             for name, state in (
                 ("original labels", self._original),

@@ -39,6 +39,7 @@ class CorrectionResult(Generic[ArrayT]):
         neighbours: [n, k] int64, the nearest neighbours, voters or not, nearest first.
         distances: [n, k] float32, their distances as :func:`als_ext.ops.knn` gives them.
         channel: [C, C] float32, estimated P(given label = column | true label = row).
+        guess: [n] int64, the first guess, which the votes started from; None with given suspects.
         k: neighbours asked in each vote.
         survival: estimated share of the given labels that are right, as far as regions are of one
             class; None with given suspects.
@@ -57,6 +58,7 @@ class CorrectionResult(Generic[ArrayT]):
     neighbours: ArrayT
     distances: ArrayT
     channel: ArrayT
+    guess: ArrayT | None
     k: int
     survival: float | None
     threshold: float | None

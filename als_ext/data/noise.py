@@ -1,4 +1,4 @@
-"""Synthetic label noise: symmetric, pair, asymmetric, instance-dependent, or read from a file.
+"""Synthetic label noise: symmetric, pair, asymmetric, by the sample, or read from a file.
 
 Every kind is seeded by its own generator and leaves the global random state alone.
 """
@@ -15,14 +15,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from als_ext.data.hard import hard_noise
 from als_ext.data.labels import as_labels, read_labels
 from als_ext.data.splits import apportion
 
 __all__ = ["ASYMMETRIC_MAPS", "NoiseSpec", "NoisyLabels", "apply_noise", "parse_noise"]
 
-NoiseKind = Literal["none", "symmetric", "pair", "asymmetric", "instance", "file"]
+NoiseKind = Literal["none", "symmetric", "pair", "asymmetric", "instance", "hard", "file"]
 
-_KINDS: tuple[NoiseKind, ...] = ("none", "symmetric", "pair", "asymmetric", "instance", "file")
+_KINDS: tuple[NoiseKind, ...] = (
+    *("none", "symmetric", "pair", "asymmetric"),
+    *("instance", "hard", "file"),
+)
+NEEDS_FEATURES: tuple[NoiseKind, ...] = ("instance", "hard")
 
 # Standard deviation of the per-sample flip rate (Xia et al. 2020, Algorithm 2).
 _INSTANCE_RATE_STD = 0.1
@@ -47,7 +52,7 @@ class NoiseSpec:
     """A parsed noise specification; see :func:`parse_noise`.
 
     Attributes:
-        kind: ``none``, ``symmetric``, ``pair``, ``asymmetric``, ``instance`` or ``file``.
+        kind: ``none``, ``symmetric``, ``pair``, ``asymmetric``, ``instance``, ``hard``, ``file``.
         rate: share of the eligible samples that is flipped (``instance``: its mean); 0 for ``none``
             and ``file``.
         class_map: true class -> wrong class, for ``asymmetric`` with a map of its own.
@@ -111,7 +116,8 @@ def parse_noise(spec: str) -> NoiseSpec:
     Args:
         spec: one of ``none``; ``symmetric:R``; ``pair:R``; ``asymmetric:R``;
             ``asymmetric:R:7-1,2-7`` (with a map of true-wrong class pairs); ``instance:R``;
-            ``file:PATH``. R is a number in [0, 1] (0.4, not 40); ``instance`` needs 0 < R < 1.
+            ``hard:R``; ``file:PATH``. R is a number in [0, 1] (0.4, not 40); ``instance`` needs
+            0 < R < 1.
 
     Returns:
         The parts. Whether the classes of a map exist is checked by :func:`apply_noise`.
@@ -228,10 +234,10 @@ def _instance(
 
 
 def _check_features(
-    features: Tensor | npt.NDArray[np.floating] | None, n: int
+    kind: NoiseKind, features: Tensor | npt.NDArray[np.floating] | None, n: int
 ) -> npt.NDArray[np.floating]:
     if features is None:
-        raise ValueError(f"features: instance noise needs the inputs [{n}, ...], got None")
+        raise ValueError(f"features: {kind} noise needs the inputs [{n}, ...], got None")
     array = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
     if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
         found = getattr(array, "dtype", type(array).__name__)
@@ -280,6 +286,10 @@ def apply_noise(
         probability softmax(x_i W_{y_i})_j over the other classes. The realised rate is near R, not
         equal to it. The scale of the features matters: the larger they are, the nearer the softmax
         is to a single wrong class for each sample.
+    ``hard:R``
+        exactly ``round(R·n)`` samples, those that a classifier finds hardest, get the class that it
+        takes them for most easily: Chen et al., "Beyond class-conditional assumption", AAAI 2021,
+        Algorithm 1, with a small network of its own (:mod:`als_ext.data.hard`).
     ``file:PATH``
         labels from a file (:func:`als_ext.data.read_labels`).
     ``none``
@@ -293,9 +303,10 @@ def apply_noise(
         spec: see :func:`parse_noise`.
         num_classes: number of classes C, at least 2.
         seed: seed of the generator, at least 0. The same seed gives the same labels wherever
-            numpy's ``Generator`` gives the same stream (``instance`` also needs the same rounding
-            of a float32 matrix product).
-        features: floating point ``[n, ...]``, flattened to [n, S]; for ``instance`` only.
+            numpy's ``Generator`` gives the same stream (``instance`` and ``hard`` also need the
+            same rounding of float32 matrix products).
+        features: floating point ``[n, ...]``, flattened to [n, S]; for ``instance`` and
+            ``hard`` only.
         dataset: name of the data set, to look up its map for ``asymmetric`` without one.
 
     Returns:
@@ -339,7 +350,11 @@ def apply_noise(
         noisy = _class_map_noise(clean, parsed.rate, mapping, rng)
     elif parsed.kind == "instance":
         noisy = _instance(
-            clean, parsed.rate, num_classes, _check_features(features, len(clean)), rng
+            clean, parsed.rate, num_classes, _check_features("instance", features, len(clean)), rng
+        )
+    elif parsed.kind == "hard":
+        noisy = hard_noise(
+            clean, parsed.rate, num_classes, _check_features("hard", features, len(clean)), seed
         )
     elif parsed.kind == "file":
         noisy = read_labels(str(parsed.path), n=len(clean), num_classes=num_classes).numpy()
