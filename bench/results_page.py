@@ -43,7 +43,7 @@ def read_cells(dataset: str) -> dict[tuple[str, str], list[Cell]]:
 
 def _noises(groups: dict[tuple[str, str], list[Cell]]) -> list[str]:
     """By kind, then by rate; label files by name."""
-    order = ["none", "symmetric", "pair", "asymmetric", "instance", "file"]
+    order = ["none", "symmetric", "pair", "asymmetric", "instance", "hard", "file"]
     return sorted({noise for noise, _ in groups}, key=lambda n: (order.index(n.split(":")[0]), n))
 
 
