@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from als_ext.augment import RandomAffine
 from als_ext.contrast import EPOCHS, Contrast
 from als_ext.correction import CorrectionResult, LabelCorrector
 from als_ext.correction.disputes import labels_are_evidence, propagated_labels
@@ -16,16 +17,17 @@ from als_ext.embedding import make_embedder, principal_axes, project
 from als_ext.forward import LocalChannel
 from als_ext.methods import Also, Correcting, Relabels, Task
 from als_ext.metrics import Record
-from als_ext.ops import weighted_loss
+from als_ext.ops import sample_loss, weighted_loss
 from als_ext.ops._checks import check_int
 from als_ext.runtime import half_cosine
-from als_ext.settled import SettledLabels, move
+from als_ext.settled import SettledLabels
 
 # The pixels know what the views were made to differ in, which tells a coat from a dress.
 _PIXELS = 0.35  # their share
 _COMPONENTS = 50  # principal ones
 _SIDE = 32
 _LOST = 0.25  # a class is lost where less of it than this share is found again
+_MOVE = RandomAffine()  # makes views of what is not settled
 
 
 def _few_pixels(images: Tensor) -> Tensor:
@@ -63,16 +65,15 @@ class AlsLc(Correcting, Also, name="als-lc"):
     the network's own embedding vote, and what all of them agree on is trained on as well, with the
     weight of the share of labels that are wrong: the less given labels say, the more. There is a
     last vote after the last epoch; it and the first one start from the network's predictions.
-    Where the samples are no images there is no channel: corrected labels are trained on.
+    Where the samples are no images there is no channel: corrected labels are trained on. Scores of
+    later corrections are log pi; pi of relabelled samples starts again, since its history belongs
+    to the old label.
 
     Where the first correction finds that given labels are no evidence about samples that neighbours
     dispute (:mod:`als_ext.correction.disputes`) there is no channel either. Labels then spread over
     neighbourhoods, and the network trains on those that are settled and on views of all samples
-    (:mod:`als_ext.settled`); later corrections start from its predictions and hear votes alone.
-
-    Scores of
-    later corrections are log pi; pi of relabelled samples starts again, since its history belongs
-    to the old label.
+    (:mod:`als_ext.settled`); later corrections start from its predictions and hear votes alone, no
+    scores: pi then follows the losses on settled labels and views.
     """
 
     Settings = AlsLcSettings
@@ -147,7 +148,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
         if self._channel is not None:
             return self._step_through(self._channel, x, index)
         if self._settled is not None:
-            return self._step_settled(self._settled, x, index)
+            return self._step_settled(self._settled, x, label, index)
         return super().step(x, label, index)
 
     def _step_through(self, channel: LocalChannel, x: Tensor, index: Tensor) -> Tensor:
@@ -160,19 +161,21 @@ class AlsLc(Correcting, Also, name="als-lc"):
         self.amp.backward_and_step(total, self.optimizer, index=index, losses=losses)
         return losses
 
-    def _step_settled(self, settled: SettledLabels, x: Tensor, index: Tensor) -> Tensor:
-        """A step of ALSO on what is settled, and on views of all samples."""
+    def _step_settled(
+        self, settled: SettledLabels, x: Tensor, label: Tensor, index: Tensor
+    ) -> Tensor:
+        """A step of ALSO on what is settled, and on views; the losses against the labels now."""
         with self.amp.autocast():
             logits: Tensor = self.task.model(x)
-            of_views: Tensor = self.task.model(move(x))
-        label, plain, moved = settled.targets(logits, index)
+            of_views: Tensor = self.task.model(_MOVE(x))
+        target, plain, moved = settled.targets(logits, index)
         weight = self.optimizer.loss_weight(index)
-        first, losses = weighted_loss(logits, label, weight * plain)
-        second, losses_of_views = weighted_loss(of_views, label, weight * moved)
+        first, losses = weighted_loss(logits, target, weight * plain)
+        second, losses_of_views = weighted_loss(of_views, target, weight * moved)
         losses = (losses * plain + losses_of_views * moved).detach()
         self.optimizer.zero_grad()
         self.amp.backward_and_step(first + second, self.optimizer, index=index, losses=losses)
-        return losses
+        return sample_loss(logits.detach(), label)
 
     def after_epoch(self, epoch: int, losses: Tensor) -> Record:
         """Correct the labels if it is time."""
@@ -180,6 +183,8 @@ class AlsLc(Correcting, Also, name="als-lc"):
         if epoch == self._pretrain:
             self._contrast.clear()
         record = super().after_epoch(epoch, losses)
+        if "suspects" in record:
+            record["evidence"] = int(self._settled is None)
         if epoch == self.epochs():
             self._channel = self._settled = None
         return record
@@ -215,19 +220,29 @@ class AlsLc(Correcting, Also, name="als-lc"):
         x = self._without_labels()
         result = self.corrector.step(x, None, epoch)
         assert result.guess is not None  # there are no given suspects
-        if labels_are_evidence(x, given, result.guess, result.winner, classes):
-            self._open(result, torch.zeros_like(result.share))
-            return result
-        guess = propagated_labels(x, given, result.guess, classes, config)
-        self.corrector.undo()
-        result = self.corrector.step(x, None, epoch, guess, votes_only=True)
-        self._settle(result)
+        guess = result.guess
+        if self.task.kept is not None:
+            kept = self.task.kept.to(self.task.device)
+            guess = guess.index_copy(0, kept, given[kept])
+        if not labels_are_evidence(x, given, guess, result.winner, classes):
+            spread = propagated_labels(x, given, guess, classes, config)
+            self.corrector.undo()
+            alone = self.corrector.step(x, None, epoch, spread, votes_only=True)
+            if not self._loses(guess, alone.winner):
+                self._settle(alone)
+                return alone
+            self.corrector.undo()  # a small class has gone under: better hear the given labels
+            result = self.corrector.step(x, None, epoch)
+        self._open(result, torch.zeros_like(result.share))
         return result
 
     def _correct_settled(self, settled: SettledLabels, epoch: int) -> CorrectionResult[Tensor]:
         """A later correction where given labels are no evidence."""
-        guess = self._predictions(settled.label)
-        result = self.corrector.step(self.task.embeddings(), None, epoch, guess, votes_only=True)
+        embeddings, guess = self.task.embeddings(), self._predictions(settled.label)
+        result = self.corrector.step(embeddings, None, epoch, guess, votes_only=True)
+        if self._loses(settled.label, result.winner):
+            self.corrector.undo()
+            result = self.corrector.step(embeddings, None, epoch, settled.label, votes_only=True)
         if epoch < self.epochs():
             self._settle(result)
         return result

@@ -37,7 +37,8 @@ class TrainConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         amp: "off", "bf16" (autocast) or "f16" (autocast with a gradient scaler).
         augment: "shift" trains on images shifted by a few whole pixels, "affine" on random affine
-            views (:mod:`als_ext.augment`), "none" on the samples as they are; "auto" is "shift" for
+            views (:mod:`als_ext.augment`), "none" on the samples as they are, but for views that
+            "als-lc" learns from without labels; "auto" is "shift" for
             "als-lc" where the samples are a floating tensor of images of 12 x 12 and more, else
             "none".
         deterministic: ask torch for deterministic algorithms while training.

@@ -25,6 +25,7 @@ FIELDS = (
     "label_accuracy",  # share of the labels in use that are right; null without true labels
     "changed",  # labels that differ from the given ones after this epoch
     "suspects",  # samples suspected by this epoch's correction; null where there was none
+    "evidence",  # 1 if als-lc took given labels for evidence in it, 0 if not; null for others
     "seconds",  # training time since the start of the run, pauses between resumes left out
 )
 
@@ -139,5 +140,5 @@ class MetricsWriter:
     @staticmethod
     def _csv_line(record: Record) -> str:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(record[name] for name in FIELDS)
+        csv.writer(text, lineterminator="\n").writerow(record.get(name) for name in FIELDS)
         return text.getvalue()

@@ -7,19 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from als_ext.augment import RandomAffine
-
 _SURE = 0.9  # a probability from which on a prediction is taken for a label
-
-move = RandomAffine()
-"""Images [B, C, H, W] as they might have been as well; of the same class."""
 
 
 class Targets(NamedTuple):
     """What a batch is trained on; all [B]."""
 
     label: Tensor  # int64
-    plain: Tensor  # float32, weight of the sample as it is: 1 or 0
+    plain: Tensor  # float32, weight of the sample as the step got it: 1 or 0
     moved: Tensor  # float32, weight of its view: 1 or 0
 
 

@@ -241,8 +241,8 @@ def corrections_of(monkeypatch, run, x, given, change=lambda at, winner: winner)
     seen = []
     original = LabelCorrector.step
 
-    def noting(self, embeddings, scores=None, epoch=None, guess=None):
-        result = original(self, embeddings, scores, epoch, guess)
+    def noting(self, embeddings, scores=None, epoch=None, guess=None, **others):
+        result = original(self, embeddings, scores, epoch, guess, **others)
         result = dataclasses.replace(result, winner=change(len(seen), result.winner))
         seen.append((epoch, guess, result.winner))
         return result

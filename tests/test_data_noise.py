@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from als_ext.data import ASYMMETRIC_MAPS, NoiseSpec, apply_noise, parse_noise, write_labels
+from als_ext.data.hard import _averaged_predictions
 from als_ext.data.noise import _truncated_normal
 from als_ext.data.splits import apportion, stratified_split
 
@@ -170,14 +171,32 @@ def test_hard_noise_gives_what_lies_between_classes_to_the_other_one(rate):
 
 
 def test_hard_noise_is_averaged_over_the_epochs_of_a_classifier(monkeypatch):
-    """One epoch alone ranks otherwise; how many samples are asked about at once plays no part."""
-    y, x = clean_labels(), features()
-    five = apply_noise(y, "hard:0.3", C, 0, x).labels
-    monkeypatch.setattr("als_ext.data.hard._EPOCHS", 1)
-    assert not torch.equal(apply_noise(y, "hard:0.3", C, 0, x).labels, five)
-    monkeypatch.setattr("als_ext.data.hard._EPOCHS", 5)
+    """The second of two epochs is what two means of one leave over: again probabilities."""
+    y, x = clean_labels(), features().flatten(1).numpy()
+    means = []
+    for epochs in (1, 2):
+        monkeypatch.setattr("als_ext.data.hard._EPOCHS", epochs)
+        means.append(_averaged_predictions(y, C, x, 0))
+    second = 2 * means[1] - means[0]
+    assert float(second.min()) > -1e-6
+    torch.testing.assert_close(second.sum(dim=1), torch.ones(N))
+    assert float((means[0] > 2 * means[1]).sum()) == 0  # which the second alone would not keep
+    assert float((means[0] > 2 * second).sum()) > 0
     monkeypatch.setattr("als_ext.data.hard._BLOCK", 64)
-    assert torch.equal(apply_noise(y, "hard:0.3", C, 0, x).labels, five)
+    assert torch.equal(_averaged_predictions(y, C, x, 0), means[1])
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_hard_noise_of_other_dtypes_is_that_of_float32(dtype, default):
+    y, x = clean_labels(), (30 * features()).half()
+    wanted = apply_noise(y, "hard:0.3", C, 0, x.float()).labels
+    torch.set_default_dtype(default)
+    try:
+        found = apply_noise(y, "hard:0.3", C, 0, x.to(dtype)).labels
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert float((found == wanted).double().mean()) > 0.99
 
 
 @pytest.mark.parametrize("mean", [0.01, 0.5, 0.99])

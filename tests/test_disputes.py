@@ -5,7 +5,7 @@ import torch
 
 from als_ext import CorrectionConfig, LabelCorrector, correct_labels
 from als_ext.correction.disputes import (
-    _linear_scores,
+    _LinearClassifier,
     labels_are_evidence,
     propagated_labels,
 )
@@ -13,26 +13,28 @@ from als_ext.correction.disputes import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def plane(n=2000, seed=0):
-    """Points around the circle's right half, on which a line through 0 parts two classes."""
+def plane(n=2000, seed=0, border=0.0):
+    """Points around the circle's right half, on which a line through a border parts two classes."""
     g = torch.Generator().manual_seed(seed)
     angle = 2 * torch.rand(n, generator=g) - 1
     x = torch.stack([angle.sin(), angle.cos(), torch.rand(n, generator=g)], dim=1)
-    return x, angle, (angle > 0).long()
+    return x, angle - border, (angle > border).long()
 
 
-def test_labels_that_no_straight_border_follows_are_no_evidence():
+@pytest.mark.parametrize("border", [-0.2, 0.0, 0.1])
+def test_labels_that_no_straight_border_follows_are_no_evidence(border):
     """Mistakes along the border: from what lies farther off, the first guess is right."""
-    x, angle, true = plane()
+    x, angle, true = plane(border=border)
     given = torch.where(angle.abs() < 0.1, 1 - true, true)
     assert not labels_are_evidence(x, given, guess=true, winner=given, num_classes=2)
     # nothing is in question where Bayes' rule gave these labels up
     assert labels_are_evidence(x, given, guess=true, winner=true, num_classes=2)
 
 
-def test_labels_on_the_right_side_of_a_straight_border_are_evidence():
-    """Here it is the first guess that bends."""
-    x, angle, true = plane()
+@pytest.mark.parametrize("border", [-0.7, -0.3, 0.0, 0.3, 0.7])
+def test_labels_on_the_right_side_of_a_straight_border_are_evidence(border):
+    """Here it is the first guess that bends; one of the classes may be small."""
+    x, angle, true = plane(border=border)
     guess = (angle > 0.3 * (8 * x[:, 2]).sin()).long()
     assert 0.05 < float((guess != true).double().mean()) < 0.25
     assert labels_are_evidence(x, true, guess, winner=true, num_classes=2)
@@ -52,26 +54,39 @@ def test_labels_that_all_dispute_are_evidence_since_nothing_else_is():
     assert labels_are_evidence(x, 1 - true, true, 1 - true, 2)
 
 
-def test_scores_are_those_of_a_ridge_regression(monkeypatch):
-    x, _, true = plane(300)
+def test_scores_are_those_of_a_ridge_regression_of_classes_of_the_same_weight(monkeypatch):
+    x, _, true = plane(300, border=0.4)
     known = torch.arange(300) % 3 > 0
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     features = torch.cat([unit, torch.ones(300, 1, dtype=torch.float64)], dim=1)
     own = features[known]
-    gram = own.T @ own
-    penalty = 1e-3 * float(gram.diagonal()[:-1].mean())
-    wide = torch.cat([own, penalty**0.5 * torch.eye(4, dtype=torch.float64)])
-    target = torch.cat([torch.eye(2, dtype=torch.float64)[true[known]], torch.zeros(4, 2)])
-    weight = torch.linalg.lstsq(wide, target.double()).solution
-    wanted = features[~known] @ weight
-    found = _linear_scores(x, known, true, ~known, 2)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    own = own * true[known].bincount()[true[known], None].double().rsqrt()
+    penalty = 1e-3 * float((own.T @ own).diagonal()[:-1].mean())
+    ridge = penalty**0.5 * torch.eye(4, dtype=torch.float64)
+    ridge[3, 3] = 0.0  # not on the constant
+    target = torch.eye(2, dtype=torch.float64)[true[known]] * own[:, 3:]
+    wide, target = torch.cat([own, ridge]), torch.cat([target, torch.zeros(4, 2)])
+    wanted = features[~known] @ torch.linalg.lstsq(wide, target).solution
+
+    def found(x):
+        classifier = _LinearClassifier(x, true, known, 2)
+        return torch.cat([classifier(rows) for rows in classifier.blocks(~known)])
+
+    torch.testing.assert_close(found(x), wanted, rtol=1e-6, atol=1e-6)  # rows are float32
     monkeypatch.setattr("als_ext.correction.disputes._BLOCK", 50)
-    torch.testing.assert_close(_linear_scores(x, known, true, ~known, 2), wanted)
+    torch.testing.assert_close(found(x), wanted, rtol=1e-6, atol=1e-6)
     scaled = x * torch.rand(300, 1).add(0.1)
-    torch.testing.assert_close(
-        _linear_scores(scaled, known, true, ~known, 2), wanted, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(found(scaled), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_of_very_many_features_random_combinations_are_enough():
+    x, angle, true = plane()
+    given = torch.where(angle.abs() < 0.1, 1 - true, true)
+    wide = x @ torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))
+    assert not labels_are_evidence(wide, given, true, given, 2)
+    guess = (angle > 0.3 * (8 * x[:, 2]).sin()).long()
+    assert labels_are_evidence(wide, true, guess, true, 2)
+    assert _LinearClassifier(wide, true, true >= 0, 2)._weight.shape == (513, 2)
 
 
 def blobs(n=1600, seed=0):
@@ -90,15 +105,15 @@ def blobs(n=1600, seed=0):
 
 
 def test_labels_spread_as_by_hand():
-    x, _, given = blobs(200)
+    x, _, given = blobs(320)
     guess = correct_labels(x, given, metric="l2").guess
-    far, near = min(300, 200 // 64), min(20, 200 // 64)
+    far, near = 320 // (16 * 4), 2
     distance = torch.cdist(x.double(), x.double()).fill_diagonal_(float("inf"))
     order = distance.argsort(dim=1)
 
     def plurality(voter, k):
         out = []
-        for row in range(200):
+        for row in range(320):
             votes = [int(voter[j]) for j in order[row, :k] if int(voter[j]) >= 0]
             counts = [votes.count(c) for c in range(4)]
             out.append(counts.index(max(counts)) if votes else int(guess[row]))
@@ -107,7 +122,7 @@ def test_labels_spread_as_by_hand():
     wanted = plurality(torch.where(given == guess, given, -1), far)
     for _ in range(10):
         wanted = plurality(wanted, near)
-    found = propagated_labels(x, given, guess, 4, CorrectionConfig(metric="l2"))
+    found = propagated_labels(x, given, guess, 4, CorrectionConfig(metric="l2", k=2))
     assert torch.equal(found, wanted)
 
 
@@ -150,3 +165,9 @@ def test_votes_alone_and_given_suspects_exclude_each_other():
     with pytest.raises(ValueError, match=r"votes_only: expected False with suspects=0\.3, got Tr"):
         corrector.step(x, scores=torch.arange(100.0), votes_only=True)
     assert corrector.step(x, scores=torch.arange(100.0)).guess is None
+
+
+def test_votes_alone_hear_no_scores():
+    x, _, given = blobs(100)
+    with pytest.raises(ValueError, match="scores: expected None with votes_only=True, got some"):
+        LabelCorrector(given, 4).step(x, scores=torch.arange(100.0), votes_only=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from als_ext.correction import read_decisions
 from als_ext.data import ArrayDataset, apply_noise, load_dataset, parse_noise, read_labels
-from als_ext.data.noise import NEEDS_FEATURES
 from als_ext.methods import METHODS
 
 _OWN_DATA = ("npz:", "folder:")
@@ -79,7 +78,7 @@ def load_run_data(settings: dict[str, Any]) -> RunData:
     if labels is not None:
         given, noise = _labels_of_source(labels, data), f"file:{Path(labels).name}"
     else:
-        features = data.x_train if parsed.kind in NEEDS_FEATURES else None
+        features = data.x_train if parsed.needs_features else None
         given = apply_noise(
             data.y_train,
             parsed,

@@ -148,7 +148,8 @@ class LabelCorrector:
                 place of the first guess from neighbourhoods. Not from one that was fitted to the
                 given labels: it would confirm them. Not with given suspects.
             votes_only: whether votes alone decide, given labels being no evidence beyond the first
-                guess: for mistakes that gather where classes meet. Not with given suspects.
+                guess: for mistakes that gather where classes meet. Not with given suspects, not
+                with scores.
             group: processes that have the rows of embeddings, scores and guess between them, in
                 their order. Each has a corrector of all labels that saw the same steps, and all of
                 them call this. None: all rows are here.
@@ -219,6 +220,8 @@ class LabelCorrector:
             raise ValueError(
                 f"votes_only: expected False with suspects={self._config.suspects!r}, got True"
             )
+        if votes_only and scores is not None:
+            raise ValueError("scores: expected None with votes_only=True, got some")
         x = read_embeddings(embeddings, least=0 if n is None else 2)
         if n is not None:
             check_length("embeddings", x, n)

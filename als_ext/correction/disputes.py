@@ -20,10 +20,12 @@ from als_ext.correction.config import (
     neighbours_that_vote,
 )
 from als_ext.correction.graph import Graph
+from als_ext.correction.votes import plain_vote
 
 _WORTH = 0.05  # of the samples are in question, or nothing is to be gained
 _FOLLOWED = 0.2  # of them follow the classifier, or their labels are no evidence
 _RIDGE = 1e-3  # of the mean square of a feature
+_WIDTH = 512  # features that the classifier has; of more, random combinations
 _FAR = 300  # neighbours that vote at first, of which only those with an undisputed label do
 _STEPS = 10  # votes of the nearest after that
 _BLOCK = 1 << 22  # numbers looked at in one go
@@ -35,8 +37,9 @@ def labels_are_evidence(
     """Whether given labels are to be believed where the first guess says otherwise.
 
     In question are the samples of which Bayes' rule took the given label against the first guess.
-    A ridge regression on the classes of the samples where both agree names one of the two for each;
-    the labels are evidence if enough of them are named, or if few samples are in question.
+    A ridge regression on the classes of the samples where both agree, each class with the same
+    weight, scores the two for each; the labels are evidence if enough of them have the higher
+    score, or if few samples are in question.
 
     Args:
         x: [n, D] float32, embeddings; their lengths are not looked at.
@@ -49,16 +52,21 @@ def labels_are_evidence(
         True also where all or none of the samples are in dispute.
 
     Note:
-        Cost: n D (D + 2 C) multiplications, in float64. It waits for the device.
+        With d = min(D, 512): n d (d + D + 2 C) multiplications and 16 d² bytes, in float64. It
+        waits for the device.
     """
     agreed = guess == given
     asked = ~agreed & (winner == given)
-    if int(asked.sum()) < max(1, _WORTH * len(given)) or not bool(agreed.any()):
+    count = int(asked.sum())
+    if count < max(1, _WORTH * len(given)) or not bool(agreed.any()):
         return True
-    score = _linear_scores(x, agreed, given, asked, num_classes)
-    own = score.gather(1, given[asked, None])
-    other = score.gather(1, guess[asked, None])
-    return float((own > other).double().mean()) >= _FOLLOWED
+    classifier = _LinearClassifier(x, given, agreed, num_classes)
+    followed = 0
+    for rows in classifier.blocks(asked):
+        score = classifier(rows)
+        own, other = (score.gather(1, label[rows, None]) for label in (given, guess))
+        followed += int((own > other).sum())
+    return followed >= _FOLLOWED * count
 
 
 def propagated_labels(
@@ -67,7 +75,8 @@ def propagated_labels(
     """Labels that spread from where first guess and given label agree, int64 [n].
 
     First the plurality of many neighbours, of those that agree alone; then ten times that of the
-    nearest, all of them. It smooths a border in the way of a majority, whatever is given there.
+    nearest, all of them. It smooths a border in the way of a majority, whatever is given there, and
+    may lose a class that is much smaller than the others.
 
     Args:
         x: [n, D] float32, embeddings.
@@ -75,44 +84,55 @@ def propagated_labels(
         guess: [n] int64, the first guess.
         num_classes: C.
         config: settings of the graph.
+
+    Note:
+        The neighbours take 12 n k bytes, k being up to 300.
     """
     n = len(given)
     far = min(_FAR, local_neighbours(n, num_classes))
     near = neighbours_that_vote(config.k, n, num_classes)
     graph = Graph(x, max(far, near), config.metric, config.precision)
-    trusted = given.masked_fill(given != guess, -1)
-    label = _plurality(graph, trusted, guess, num_classes, far)
-    for _ in range(_STEPS):
-        label = _plurality(graph, label, label, num_classes, near)
+    voter, label = given.masked_fill(given != guess, -1), guess
+    for k in (far, *[near] * _STEPS):
+        vote = plain_vote(graph, voter, given, num_classes, k, config.vote_smoothing)
+        voter = label = torch.where(vote.winner < 0, label, vote.winner)
     return label
 
 
-def _plurality(graph: Graph, voter: Tensor, label: Tensor, num_classes: int, k: int) -> Tensor:
-    """The class with the most votes, the first of equals; ``label`` where nobody votes."""
-    out = torch.empty_like(label)
-    for rows, count in graph.votes(voter, num_classes, k):
-        votes, which = count.max(dim=1)
-        out[rows] = torch.where(votes > 0, which, label[rows])
-    return out
+class _LinearClassifier:
+    """Least squares on one-hot classes of the ``known`` rows, a ridge on what is not a constant."""
 
+    def __init__(self, x: Tensor, label: Tensor, known: Tensor, num_classes: int) -> None:
+        self._x, self._mix = x, None
+        width = x.shape[1]
+        if width > _WIDTH:
+            generator = torch.Generator().manual_seed(0)
+            mix = torch.randn(width, _WIDTH, generator=generator, dtype=torch.float32)
+            self._mix, width = mix.to(x.device) / _WIDTH**0.5, _WIDTH
+        self._step = max(1, _BLOCK // max(x.shape[1], num_classes))
+        # A class of few samples would lose its side of the border to a large one.
+        size = torch.bincount(label[known], minlength=num_classes).double()
+        gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=x.device)
+        moment = torch.zeros(width + 1, num_classes, dtype=torch.float64, device=x.device)
+        for rows in self.blocks(known):
+            part = self._features(rows)
+            weighted = part / size[label[rows], None]
+            gram += weighted.T @ part
+            moment += weighted.T @ F.one_hot(label[rows], num_classes).double()
+        gram.diagonal()[:-1].add_(_RIDGE * gram.diagonal()[:-1].mean())
+        self._weight = torch.linalg.solve(gram, moment)
 
-def _linear_scores(
-    x: Tensor, known: Tensor, label: Tensor, asked: Tensor, num_classes: int
-) -> Tensor:
-    """Least squares on one-hot classes of the ``known`` rows, float64 [rows asked, C]."""
-    step = max(1, _BLOCK // x.shape[1])
+    def blocks(self, mask: Tensor) -> tuple[Tensor, ...]:
+        """The rows of a mask, bool [n], some at a time."""
+        return torch.split(mask.nonzero()[:, 0], self._step)
 
-    def features(rows: Tensor) -> Tensor:
-        unit = F.normalize(x[rows].double(), dim=1)
-        return F.pad(unit, (0, 1), value=1.0)  # a constant, for the offsets
+    def _features(self, rows: Tensor) -> Tensor:
+        unit = F.normalize(self._x[rows], dim=1)
+        if self._mix is not None:
+            unit = unit @ self._mix
+        return F.pad(unit.double(), (0, 1), value=1.0)  # a constant, for the offsets
 
-    width = x.shape[1] + 1
-    gram = torch.zeros(width, width, dtype=torch.float64, device=x.device)
-    moment = torch.zeros(width, num_classes, dtype=torch.float64, device=x.device)
-    for rows in torch.split(known.nonzero()[:, 0], step):
-        part = features(rows)
-        gram += part.T @ part
-        moment += part.T @ F.one_hot(label[rows], num_classes).double()
-    gram.diagonal().add_(_RIDGE * gram.diagonal()[:-1].mean())
-    weight = torch.linalg.solve(gram, moment)
-    return torch.cat([features(rows) @ weight for rows in torch.split(asked.nonzero()[:, 0], step)])
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Scores of these rows, float64 [B, C]."""
+        scores: Tensor = self._features(rows) @ self._weight
+        return scores

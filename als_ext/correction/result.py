@@ -35,7 +35,8 @@ class CorrectionResult(Generic[ArrayT]):
         share: [n] float32 in [0, 1], the winner's share of the votes.
         margin: [n] float32 in [-1, 1], its lead over the best other class.
         log_odds: [n] float32, nats: evidence for the winner against the given label; positive
-            speaks against the label. 0 where both are the same or nobody voted.
+            speaks against the label. 0 where both are the same or nobody voted. Where votes alone
+            decide it is they that speak, not the channel.
         neighbours: [n, k] int64, the nearest neighbours, voters or not, nearest first.
         distances: [n, k] float32, their distances as :func:`als_ext.ops.knn` gives them.
         channel: [C, C] float32, estimated P(given label = column | true label = row).

@@ -18,7 +18,7 @@ class Vote(NamedTuple):
     share: Tensor  # [n] float32, of the votes
     margin: Tensor  # [n] float32, over the best other class; negative where Bayes overrules it
     log_odds: Tensor  # [n] float32, nats for the winner against the given label
-    channel: Tensor  # [C, C] float64, P(given | true) that was used
+    channel: Tensor  # [C, C] float64, P(given | true) that was found
 
 
 def bayes_vote(

@@ -34,7 +34,7 @@ def hard_noise(
         labels: [n] in [0, C).
         rate: share, in [0, 1]; exactly ``round(rate * n)`` labels change.
         num_classes: C.
-        features: [n, S].
+        features: [n, S]; centred and scaled as a whole, not column by column.
         seed: of first weights and batches.
 
     Returns:
@@ -54,26 +54,27 @@ def _averaged_predictions(
 ) -> Tensor:
     """Mean over the epochs of the softmax of all samples, float32 [n, C]."""
     n, width = features.shape
-    center, scale = features.mean(), features.std()
+    center, scale = (float(f(dtype=np.float64)) for f in (features.mean, features.std))
 
     def batch(rows: Tensor) -> Tensor:
-        part = (features[rows.numpy()] - center) / max(scale, 1e-12)
-        return torch.from_numpy(part.astype(np.float32))
+        part = (features[rows.numpy()].astype(np.float32) - center) / max(scale, 1e-12)
+        return torch.from_numpy(part.astype(np.float32, copy=False))
 
+    f32 = torch.float32  # whatever the default is
     generator = torch.Generator().manual_seed(seed)
     shapes = ((_HIDDEN, width), (num_classes, _HIDDEN))
     weights = [
-        (torch.randn(shape, generator=generator) / shape[1] ** 0.5).requires_grad_()
+        (torch.randn(shape, generator=generator, dtype=f32) / shape[1] ** 0.5).requires_grad_()
         for shape in shapes
     ]
-    offsets = [torch.zeros(shape[0], requires_grad=True) for shape in shapes]
+    offsets = [torch.zeros(shape[0], dtype=f32, requires_grad=True) for shape in shapes]
 
     def logits(rows: Tensor) -> Tensor:
         hidden = F.linear(batch(rows), weights[0], offsets[0]).relu()
         return F.linear(hidden, weights[1], offsets[1])
 
     optimizer = torch.optim.Adam([*weights, *offsets], lr=_LR)
-    total = torch.zeros(n, num_classes)
+    total = torch.zeros(n, num_classes, dtype=f32)
     with torch.enable_grad():
         for _ in range(_EPOCHS):
             for rows in torch.split(torch.randperm(n, generator=generator), _BATCH):

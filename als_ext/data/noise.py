@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,7 @@ __all__ = ["ASYMMETRIC_MAPS", "NoiseSpec", "NoisyLabels", "apply_noise", "parse_
 
 NoiseKind = Literal["none", "symmetric", "pair", "asymmetric", "instance", "hard", "file"]
 
-_KINDS: tuple[NoiseKind, ...] = (
-    *("none", "symmetric", "pair", "asymmetric"),
-    *("instance", "hard", "file"),
-)
-NEEDS_FEATURES: tuple[NoiseKind, ...] = ("instance", "hard")
+_KINDS: tuple[NoiseKind, ...] = get_args(NoiseKind)
 
 # Standard deviation of the per-sample flip rate (Xia et al. 2020, Algorithm 2).
 _INSTANCE_RATE_STD = 0.1
@@ -76,6 +72,11 @@ class NoiseSpec:
             raise ValueError(f"noise {self.kind}: only asymmetric takes a class map")
         if (self.path is None) == (self.kind == "file"):
             raise ValueError(f"noise {self.kind}: expected a path for file only, got {self.path!r}")
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether it depends on the samples."""
+        return self.kind in ("instance", "hard")
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,6 +87,8 @@ def _read_history(file: Path) -> list[Record]:
         return []
     try:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # runs had no "evidence" once
+        records = [{"evidence": None} | record for record in records]
         return [{name: _number(record[name]) for name in FIELDS} for record in records]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"run: {file} is damaged ({type(error).__name__}: {error})") from error
