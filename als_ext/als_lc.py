@@ -220,10 +220,7 @@ class AlsLc(Correcting, Also, name="als-lc"):
         x = self._without_labels()
         result = self.corrector.step(x, None, epoch)
         assert result.guess is not None  # there are no given suspects
-        guess = result.guess
-        if self.task.kept is not None:
-            kept = self.task.kept.to(self.task.device)
-            guess = guess.index_copy(0, kept, given[kept])
+        guess, _ = self._with_kept(result.guess, result.share)
         if not labels_are_evidence(x, given, guess, result.winner, classes):
             spread = propagated_labels(x, given, guess, classes, config)
             self.corrector.undo()
@@ -249,23 +246,20 @@ class AlsLc(Correcting, Also, name="als-lc"):
 
     def _settle(self, result: CorrectionResult[Tensor]) -> None:
         """Train on what all neighbours agree on in this correction."""
-        label, settled = result.winner, result.share == 1.0
-        if self.task.kept is not None:
-            kept = self.task.kept.to(self.task.device)
-            given = self.corrector.original.to(self.task.device)
-            label = label.index_copy(0, kept, given[kept])
-            settled = settled.index_fill(0, kept, True)
-        self._settled = SettledLabels(label, settled)
+        self._settled = SettledLabels(*self._with_kept(result.winner, result.share == 1.0))
 
     def _open(self, result: CorrectionResult[Tensor], trust: Tensor) -> None:
         """Train through the channel of this correction, trusted by float32 [n]."""
         given = self.corrector.original.to(self.task.device)
-        winner = result.winner
-        if self.task.kept is not None:
-            kept = self.task.kept.to(self.task.device)
-            winner = winner.index_copy(0, kept, given[kept])
-            trust = trust.index_fill(0, kept, 1.0)
-        self._channel = LocalChannel(result, given, winner, trust)
+        self._channel = LocalChannel(result, given, *self._with_kept(result.winner, trust))
+
+    def _with_kept(self, label: Tensor, trust: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes [n] and how far they are trusted [n]; wholly where a person has decided."""
+        if self.task.kept is None:
+            return label, trust
+        kept = self.task.kept.to(self.task.device)
+        given = self.corrector.original.to(self.task.device)
+        return label.index_copy(0, kept, given[kept]), trust.index_fill(0, kept, 1)
 
     def _correct_through(self, channel: LocalChannel, epoch: int) -> CorrectionResult[Tensor]:
         """From the predictions of an annealed network. In between it has just learned what

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from als_ext import CorrectionConfig, LabelCorrector, TrainConfig, Trainer
 from als_ext.als_lc import AlsLc
 from als_ext.checkpoint import load_checkpoint, save_checkpoint
+from als_ext.correction.disputes import propagated_labels
 from als_ext.data import apply_noise, load_dataset
 from als_ext.methods import METHODS
 from als_ext.models import SmallCNN
@@ -141,8 +142,17 @@ def test_labels_that_are_kept_are_settled(monkeypatch, no_evidence):
     x, given, true = digits()
     kept = (given != true).nonzero()[:10, 0]
     run = trainer(settings={"pretrain": 1})
-    result, steps, _ = noted(monkeypatch, run, x, given, kept=kept)
+    guesses = []
+
+    def spreading(x, given, guess, num_classes, config):
+        guesses.append(guess)
+        return propagated_labels(x, given, guess, num_classes, config)
+
+    monkeypatch.setattr("als_ext.als_lc.propagated_labels", spreading)
+    result, steps, corrections = noted(monkeypatch, run, x, given, kept=kept)
     assert torch.equal(result.labels[kept], given[kept])
+    assert not torch.equal(corrections[0][-1].guess[kept], given[kept])
+    assert torch.equal(guesses[0][kept], given[kept])  # so they vote from the start
     for settled, _, _ in steps:
         assert torch.equal(settled.label[kept], given[kept])
         assert bool(settled._settled[kept].all())
