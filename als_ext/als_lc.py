@@ -71,9 +71,10 @@ class AlsLc(Correcting, Also, name="als-lc"):
 
     Where the first correction finds that given labels are no evidence about samples that neighbours
     dispute (:mod:`als_ext.correction.disputes`) there is no channel either. Labels then spread over
-    neighbourhoods, and the network trains on those that are settled and on views of all samples
-    (:mod:`als_ext.settled`); later corrections start from its predictions and hear votes alone, no
-    scores: pi then follows the losses on settled labels and views.
+    neighbourhoods or, where most are wrong, are those of clusters
+    (:mod:`als_ext.correction.clusters`). The network trains on those that are settled and on views
+    of all samples (:mod:`als_ext.settled`); later corrections start from its predictions and hear
+    votes alone, no scores: pi then follows the losses on settled labels and views.
     """
 
     Settings = AlsLcSettings
@@ -224,8 +225,8 @@ class AlsLc(Correcting, Also, name="als-lc"):
         if not labels_are_evidence(x, given, guess, result.winner, classes):
             spread = propagated_labels(x, given, guess, classes, config)
             self.corrector.undo()
-            alone = self.corrector.step(x, None, epoch, spread, votes_only=True)
-            if not self._loses(guess, alone.winner):
+            alone = self.corrector.step(x, None, epoch, spread.label, votes_only=True)
+            if not self._loses(spread.origin, alone.winner):
                 self._settle(alone)
                 return alone
             self.corrector.undo()  # a small class has gone under: better hear the given labels

@@ -21,7 +21,7 @@ TESTS = {  # every file that has tests for a GPU
     "rest": (
         *("test_pi_step.py", "test_also_step.py", "test_weights.py", "test_also.py"),
         *("test_correction.py", "test_data_indexed.py", "test_trainer.py", "test_augment.py"),
-        *("test_als_lc.py", "test_settled.py", "test_distributed_one.py"),
+        *("test_als_lc.py", "test_clusters.py", "test_settled.py", "test_distributed_one.py"),
     ),
 }
 CASES = {  # groups of bench/gpu_cases.py, whose cases are named so

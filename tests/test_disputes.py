@@ -123,7 +123,8 @@ def test_labels_spread_as_by_hand():
     for _ in range(10):
         wanted = plurality(wanted, near)
     found = propagated_labels(x, given, guess, 4, CorrectionConfig(metric="l2", k=2))
-    assert torch.equal(found, wanted)
+    assert torch.equal(found.label, wanted)
+    assert torch.equal(found.origin, guess)
 
 
 def test_votes_alone_find_what_evidence_would_not():
@@ -132,7 +133,7 @@ def test_votes_alone_find_what_evidence_would_not():
     config = CorrectionConfig(metric="l2")
     heard = correct_labels(x, given, metric="l2")
     assert not labels_are_evidence(x, given, heard.guess, heard.winner, 4)
-    guess = propagated_labels(x, given, heard.guess, 4, config)
+    guess = propagated_labels(x, given, heard.guess, 4, config).label
     corrector = LabelCorrector(given, 4, config)
     alone = corrector.step(x, guess=guess, votes_only=True)
 

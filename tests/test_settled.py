@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from als_ext import CorrectionConfig, LabelCorrector, TrainConfig, Trainer
 from als_ext.als_lc import AlsLc
 from als_ext.checkpoint import load_checkpoint, save_checkpoint
-from als_ext.correction.disputes import propagated_labels
+from als_ext.correction.disputes import PropagatedLabels, propagated_labels
 from als_ext.data import apply_noise, load_dataset
 from als_ext.methods import METHODS
 from als_ext.models import SmallCNN
@@ -257,7 +257,7 @@ def test_mistakes_on_hard_digits_are_corrected(no_evidence, amp):
 
 def test_given_labels_are_heard_after_all_where_a_class_would_go_under(monkeypatch, no_evidence):
     def without_three(x, given, guess, num_classes, config):
-        return torch.where(guess == 3, 4, guess)
+        return PropagatedLabels(torch.where(guess == 3, 4, guess), guess)
 
     x, given, _ = digits()
     monkeypatch.setattr("als_ext.als_lc.propagated_labels", without_three)

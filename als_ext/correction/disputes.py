@@ -10,10 +10,13 @@ lies between. Right labels follow it more often than mistakes do. This project's
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from als_ext.correction.clusters import named_clusters
 from als_ext.correction.config import (
     CorrectionConfig,
     local_neighbours,
@@ -28,6 +31,8 @@ _RIDGE = 1e-3  # of the mean square of a feature
 _WIDTH = 512  # features that the classifier has; of more, random combinations
 _FAR = 300  # neighbours that vote at first, of which only those with an undisputed label do
 _STEPS = 10  # votes of the nearest after that
+_NAMED = range(3, 21)  # classes with which clusters are asked: of two, all wrong ones point to one
+_MOSTLY = 0.5  # of the given labels are not the class of their cluster
 _BLOCK = 1 << 22  # numbers looked at in one go
 
 
@@ -69,14 +74,25 @@ def labels_are_evidence(
     return followed >= _FOLLOWED * count
 
 
+class PropagatedLabels(NamedTuple):
+    """Labels where given ones are no evidence."""
+
+    label: Tensor  # int64 [n]
+    origin: Tensor  # int64 [n], labels that have the classes that these are to have
+
+
 def propagated_labels(
     x: Tensor, given: Tensor, guess: Tensor, num_classes: int, config: CorrectionConfig
-) -> Tensor:
-    """Labels that spread from where first guess and given label agree, int64 [n].
+) -> PropagatedLabels:
+    """Labels that hold where given ones are no evidence.
 
-    First the plurality of many neighbours, of those that agree alone; then ten times that of the
-    nearest, all of them. It smooths a border in the way of a majority, whatever is given there, and
-    may lose a class that is much smaller than the others.
+    They spread from where first guess and given label agree: first the plurality of many
+    neighbours, of those that agree alone; then ten times that of the nearest, all of them. Where
+    most given labels are not the class of their cluster (:mod:`als_ext.correction.clusters`) even
+    agreement proves nothing, and the ten votes start from the classes of the clusters.
+
+    Votes smooth a border in the way of a majority, whatever is given there, and may lose a class
+    that is much smaller than the others.
 
     Args:
         x: [n, D] float32, embeddings.
@@ -86,17 +102,31 @@ def propagated_labels(
         config: settings of the graph.
 
     Note:
-        The neighbours take 12 n k bytes, k being up to 300.
+        The neighbours take 12 n k bytes, k being up to 300. Clusters are asked where there are 3 to
+        20 classes, and not heard where one of the given classes has none.
     """
     n = len(given)
     far = min(_FAR, local_neighbours(n, num_classes))
     near = neighbours_that_vote(config.k, n, num_classes)
     graph = Graph(x, max(far, near), config.metric, config.precision)
-    voter, label = given.masked_fill(given != guess, -1), guess
-    for k in (far, *[near] * _STEPS):
+
+    def voted(label: Tensor, voter: Tensor, k: int) -> Tensor:
         vote = plain_vote(graph, voter, given, num_classes, k, config.vote_smoothing)
-        voter = label = torch.where(vote.winner < 0, label, vote.winner)
-    return label
+        return torch.where(vote.winner < 0, label, vote.winner)
+
+    named = named_clusters(graph, x, given, num_classes) if num_classes in _NAMED else None
+    if named is not None and named.wrong > _MOSTLY and not _missing(given, named.label):
+        origin = label = named.label
+    else:
+        origin, label = guess, voted(guess, given.masked_fill(given != guess, -1), far)
+    for _ in range(_STEPS):
+        label = voted(label, label, near)
+    return PropagatedLabels(label, origin)
+
+
+def _missing(given: Tensor, label: Tensor) -> bool:
+    """Whether nothing is labelled by one of the given classes."""
+    return not bool(torch.isin(torch.unique(given), label).all())
 
 
 class _LinearClassifier:
