@@ -4,6 +4,7 @@
 
 Takes the options of ``als-ext compare`` but ``--method``, trains every variant, and writes what
 that command writes. A variant is a method of its own name, so its cells are told apart.
+``without-pretraining`` leaves out what needs an embedding before the first labels as well.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class _NoPretraining(AlsLcSettings):
 
 
 class WithoutPretraining(AlsLc, name="without-pretraining"):
-    """No epochs without labels, so no channel either: corrected labels are trained on."""
+    """No epochs without labels: so none of the correction after them, the question whether labels
+    are evidence, the channel, the last correction; one learning rate schedule; shifts throughout.
+    """
 
     Settings = _NoPretraining
 

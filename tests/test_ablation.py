@@ -1,4 +1,4 @@
-"""Every variant of the ablation trains, and leaves out what its name says."""
+"""Every variant of the ablation trains, and otherwise than the whole."""
 
 import importlib
 import json

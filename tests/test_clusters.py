@@ -9,7 +9,13 @@ import torch.nn.functional as F
 
 from als_ext import CorrectionConfig, correct_labels
 from als_ext.correction import disputes
-from als_ext.correction.clusters import _k_means, _Names, _walk, named_clusters
+from als_ext.correction.clusters import (
+    _k_means,
+    _Names,
+    _walk,
+    explained_anywhere,
+    named_clusters,
+)
 from als_ext.correction.disputes import propagated_labels
 from als_ext.correction.graph import Graph
 
@@ -39,7 +45,7 @@ def right(label, true):
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.8])
 def test_wrong_labels_that_point_to_neighbours_name_the_clusters(share, seed):
     x, true, given = caps(share=share, seed=seed)
-    found = named_clusters(Graph(x, 20, "cosine", "exact"), x, given, 6)
+    found = named_clusters(Graph(x, 20, "cosine", "exact"), x, given)
     assert right(found.label, true) > 0.95
     assert found.wrong == pytest.approx(share, abs=0.03)
 
@@ -47,10 +53,10 @@ def test_wrong_labels_that_point_to_neighbours_name_the_clusters(share, seed):
 def test_the_same_clusters_again_whatever_the_lengths_and_the_state_of_generators():
     x, _, given = caps(1200)
     graph = Graph(x, 20, "cosine", "exact")
-    first = named_clusters(graph, x, given, 6)
+    first = named_clusters(graph, x, given)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    again = named_clusters(graph, 4.0 * x, given, 6)
+    again = named_clusters(graph, (0.2 + torch.arange(1200) % 7)[:, None] * x, given)
     assert torch.equal(first.label, again.label)
     assert first.wrong == again.wrong
     assert torch.equal(torch.get_rng_state(), state)
@@ -122,11 +128,80 @@ def test_a_walk_knows_parts_of_a_graph_that_nothing_joins():
     assert mixed(F.normalize(x, dim=1)) > 200
 
 
-def test_a_cluster_that_nothing_is_near_to_is_no_harm():
-    x = F.normalize(torch.ones(50, 3), dim=1)
-    middle = _k_means(x, 4, torch.Generator().manual_seed(0))
-    assert middle.shape == (4, 3)
+def test_clusters_that_are_empty_are_no_harm():
+    x = F.normalize(torch.eye(3).repeat_interleave(20, dim=0) - 0.4, dim=1)  # far from each other
+    middle = _k_means(x, 5, torch.Generator().manual_seed(0))
+    assert middle.shape == (5, 3)
     assert bool(middle.isfinite().all())
+    cluster = (x @ middle.T).argmax(dim=1)
+    empty = torch.bincount(cluster, minlength=5) == 0
+    assert int(empty.sum()) == 2
+    true = torch.arange(60) // 20
+    given = torch.where(torch.arange(60) % 5 == 0, true, (true + 1) % 3)
+    name = torch.zeros(5, dtype=torch.int64)
+    name[cluster] = true
+    found = []
+    for of_empty in range(3):
+        name[empty] = of_empty
+        found.append(_Names(x, cluster, given, 5, 3)._values(name, int(cluster[0])))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_wrong_labels_that_may_be_any_explain_as_by_hand():
+    label = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
+    given = torch.tensor([0, 0, 1, 2, 2, 2, 0, 1])
+    right, wrong = math.log(0.98 * 5 / 8 + 0.02 / 3), math.log(0.98 * 3 / 8 / 2 + 0.02 / 3)
+    assert explained_anywhere(label, given) == pytest.approx(5 / 8 * right + 3 / 8 * wrong)
+    assert explained_anywhere(given, given) == pytest.approx(math.log(0.98 + 0.02 / 3))
+
+
+def test_where_the_metric_is_l2_the_origin_does_not_matter():
+    x, true, given = caps()
+    moved = x + 3.0
+    found = named_clusters(Graph(moved, 20, "l2", "exact"), moved, given, "l2")
+    assert right(found.label, true) > 0.95
+
+
+def test_classes_that_nobody_was_given_have_no_cluster():
+    x, true, given = caps()
+    names = torch.tensor([1, 4, 5, 8, 9, 11])  # of twelve
+    found = propagated_labels(x, names[given], names[given], 12, CorrectionConfig())
+    assert right(found.label, names[true]) > 0.95
+
+
+def modes(share, n=3000, classes=6, per_class=6):
+    """Classes of several clusters each; the ``share`` nearest to another class has its label."""
+    g = torch.Generator().manual_seed(0)
+    mode = torch.arange(n) % (classes * per_class)
+    middle = F.normalize(torch.randn(classes * per_class, 16, generator=g), dim=1)
+    x = middle[mode] + 0.2 * torch.randn(n, 16, generator=g)
+    near = (F.normalize(x, dim=1) @ middle.T).view(n, per_class, classes).amax(dim=1)
+    true = mode % classes
+    to_other, other = near.scatter(1, true[:, None], -2.0).max(dim=1)
+    own = near.gather(1, true[:, None])[:, 0]
+    hardest = (to_other - own).argsort(descending=True)[: round(share * n)]
+    given = true.clone()
+    given[hardest] = other[hardest]
+    return x, true, given
+
+
+@pytest.mark.parametrize("case", ["classes of many clusters", "wrong labels of any class"])
+def test_names_that_wrong_labels_do_not_point_to_are_not_heard(case):
+    if case == "classes of many clusters":
+        x, true, given = modes(0.25)
+    else:
+        x, true, _ = caps()
+        g = torch.Generator().manual_seed(1)
+        any_class = torch.randint(6, (len(x),), generator=g)
+        given = torch.where(torch.rand(len(x), generator=g) < 0.65, any_class, true)
+    guess = correct_labels(x, given).guess
+    named = named_clusters(Graph(x, 20, "cosine", "exact"), x, given)
+    assert named.wrong > 0.5
+    assert named.explained < explained_anywhere(named.label, given) - 0.3
+    found = propagated_labels(x, given, guess, 6, CorrectionConfig())
+    assert torch.equal(found.origin, guess)
+    assert right(found.label, true) > 0.95 > right(named.label, true) + 0.05
 
 
 def test_classes_of_clusters_hold_where_most_labels_are_wrong():
@@ -137,6 +212,8 @@ def test_classes_of_clusters_hold_where_most_labels_are_wrong():
     assert right(guess, true) < 0.6
     assert right(found.label, true) > 0.95
     assert right(found.origin, true) > 0.95
+    named = named_clusters(Graph(x, 20, "cosine", "exact"), x, given)
+    assert named.explained > explained_anywhere(named.label, given) + 0.3
 
 
 @pytest.mark.parametrize("case", ["few wrong", "two classes", "many classes", "a class without"])
@@ -146,16 +223,18 @@ def test_they_are_not_heard_where_they_prove_nothing(monkeypatch, case):
     if case == "two classes":
         x, given, classes = x[true < 2], true[true < 2], 2
     if case == "many classes":
-        classes = 21
+        names = torch.randperm(21, generator=torch.Generator().manual_seed(0))
+        given, classes = names[torch.arange(len(x)) % 21], 21
     if case == "a class without":
         given[3], classes = 6, 7  # one sample is no cluster
     asked = []
 
-    def asking(graph, x, given, num_classes):
-        asked.append(named_clusters(graph, x, given, num_classes))
+    def asking(*arguments):
+        asked.append(named_clusters(*arguments))
         return asked[-1]
 
     monkeypatch.setattr(disputes, "named_clusters", asking)
+    monkeypatch.setattr(disputes, "explained_anywhere", lambda *arguments: -float("inf"))
     found = propagated_labels(x, given, given, classes, CorrectionConfig())
     assert torch.equal(found.origin, given)
     assert len(asked) == (case in ("few wrong", "a class without"))
@@ -173,10 +252,11 @@ def test_few_samples_are_enough(n):
 
 @pytest.mark.cuda
 def test_on_a_gpu_as_on_a_cpu():
-    x, true, given = caps()
-    device = "cuda"
-    graph = Graph(x.to(device), 20, "cosine", "exact")
-    found = [named_clusters(graph, x.to(device), given.to(device), 6) for _ in range(2)]
+    x, _, given = caps()
+    moved = x.cuda()
+    graph = Graph(moved, 20, "cosine", "exact")
+    found = [named_clusters(graph, moved, given.cuda()) for _ in range(2)]
     assert torch.equal(found[0].label, found[1].label)
-    assert found[0].label.device.type == device
-    assert right(found[0].label.cpu(), true) > 0.95
+    assert found[0][1:] == found[1][1:]
+    wanted = named_clusters(Graph(x, 20, "cosine", "exact"), x, given)
+    assert right(found[0].label.cpu(), wanted.label) > 0.99

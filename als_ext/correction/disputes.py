@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from als_ext.correction.clusters import named_clusters
+from als_ext.correction.clusters import explained_anywhere, named_clusters
 from als_ext.correction.config import (
     CorrectionConfig,
     local_neighbours,
@@ -84,12 +84,13 @@ class PropagatedLabels(NamedTuple):
 def propagated_labels(
     x: Tensor, given: Tensor, guess: Tensor, num_classes: int, config: CorrectionConfig
 ) -> PropagatedLabels:
-    """Labels that hold where given ones are no evidence.
+    """Labels that hold where given ones are no evidence (:func:`labels_are_evidence`).
 
     They spread from where first guess and given label agree: first the plurality of many
     neighbours, of those that agree alone; then ten times that of the nearest, all of them. Where
-    most given labels are not the class of their cluster (:mod:`als_ext.correction.clusters`) even
-    agreement proves nothing, and the ten votes start from the classes of the clusters.
+    most given labels are not the class of their cluster (:mod:`als_ext.correction.clusters`) the
+    ten votes start from the classes of the clusters: if every given class has a cluster, and wrong
+    labels point to near clusters rather than anywhere.
 
     Votes smooth a border in the way of a majority, whatever is given there, and may lose a class
     that is much smaller than the others.
@@ -102,8 +103,8 @@ def propagated_labels(
         config: settings of the graph.
 
     Note:
-        The neighbours take 12 n k bytes, k being up to 300. Clusters are asked where there are 3 to
-        20 classes, and not heard where one of the given classes has none.
+        The neighbours take 12 n k bytes, k being up to 300, the clusters 24 n C. These are asked
+        where 3 to 20 classes are given.
     """
     n = len(given)
     far = min(_FAR, local_neighbours(n, num_classes))
@@ -114,9 +115,9 @@ def propagated_labels(
         vote = plain_vote(graph, voter, given, num_classes, k, config.vote_smoothing)
         return torch.where(vote.winner < 0, label, vote.winner)
 
-    named = named_clusters(graph, x, given, num_classes) if num_classes in _NAMED else None
-    if named is not None and named.wrong > _MOSTLY and not _missing(given, named.label):
-        origin = label = named.label
+    origin = _class_of_cluster(graph, x, given, config.metric)
+    if origin is not None:
+        label = origin
     else:
         origin, label = guess, voted(guess, given.masked_fill(given != guess, -1), far)
     for _ in range(_STEPS):
@@ -124,9 +125,15 @@ def propagated_labels(
     return PropagatedLabels(label, origin)
 
 
-def _missing(given: Tensor, label: Tensor) -> bool:
-    """Whether nothing is labelled by one of the given classes."""
-    return not bool(torch.isin(torch.unique(given), label).all())
+def _class_of_cluster(graph: Graph, x: Tensor, given: Tensor, metric: str) -> Tensor | None:
+    """The class of the cluster of each sample, where clusters are to be heard."""
+    classes = torch.unique(given)
+    if len(classes) not in _NAMED:
+        return None
+    label, wrong, explained = named_clusters(graph, x, given, metric)
+    if wrong <= _MOSTLY or explained <= explained_anywhere(label, given):
+        return None
+    return label if bool(torch.isin(classes, label).all()) else None
 
 
 class _LinearClassifier:
