@@ -45,8 +45,8 @@ def named_clusters(graph: Graph, x: Tensor, given: Tensor, metric: str = "cosine
 
     Of the sample :math:`i` in cluster :math:`k` with class :math:`z_k`, the given label is
 
-    .. math:: P(l) = .98 \Big( (1 - \rho) [l = z_k]
-              + \rho \, [l \ne z_k] \, r_{il} / \sum_{c \ne z_k} r_{ic} \Big) + .02 / C,
+    .. math:: P(l) = .98 \, (1 - \rho) [l = z_k]
+              + .98 \, \rho \, [l \ne z_k] \, r_{il} / \sum_{c \ne z_k} r_{ic} + .02 / C,
               \qquad r_{ic} = \sum_{j: z_j = c} e^{\cos(x_i, \mu_j) / T}
 
     with :math:`\mu_j` the middle of cluster j, and :math:`\rho` the share of labels that are not
