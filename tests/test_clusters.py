@@ -161,6 +161,8 @@ def test_where_the_metric_is_l2_the_origin_does_not_matter():
     moved = x + 3.0
     found = named_clusters(Graph(moved, 20, "l2", "exact"), moved, given, "l2")
     assert right(found.label, true) > 0.95
+    found = propagated_labels(moved, given, given, 6, CorrectionConfig(metric="l2"))
+    assert right(found.origin, true) > 0.95
 
 
 def test_classes_that_nobody_was_given_have_no_cluster():
