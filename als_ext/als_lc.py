@@ -43,8 +43,8 @@ class AlsLcSettings:
     Args:
         pretrain: epochs in which the embedding is learned without labels
             (:class:`als_ext.contrast.Contrast`), before all others and beside ``config.epochs``,
-            >= 0; None takes 3 where the samples are a floating tensor of images of 12 x 12 and
-            more, else 0.
+            >= 0; None takes 3 where the samples are images, floating and of 12 x 12 and more, in a
+            tensor or a Dataset, else 0.
     """
 
     pretrain: int | None = None
@@ -88,8 +88,8 @@ class AlsLc(Correcting, Also, name="als-lc"):
         wanted: int | None = self.settings.pretrain
         if wanted and not task.images:
             raise ValueError(
-                "pretrain: expected 0 for samples that are not a floating tensor of images "
-                f"[n, C, H, W], H and W >= 12, got {wanted}"
+                "pretrain: expected 0 for samples that are no floating images [C, H, W], "
+                f"H and W >= 12, got {wanted}"
             )
         self._pretrain = (EPOCHS if task.images else 0) if wanted is None else wanted
         suspects = task.config.correction.suspects

@@ -118,12 +118,19 @@ def check_same_settings(
     different = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted((before.keys() | now.keys()) - ignore)
-        if before.get(key) != now.get(key)
+        if not _same(before.get(key), now.get(key))
     ]
     if different:
         raise ValueError(
             f"resume: expected the settings of the saved run, got {'; '.join(different)}"
         )
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, Tensor) or isinstance(now, Tensor):  # a prior
+        both = isinstance(before, Tensor) and isinstance(now, Tensor)
+        return both and before.dtype == now.dtype and torch.equal(before.cpu(), now.cpu())
+    return bool(before == now)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,9 +38,8 @@ class TrainConfig:
         amp: "off", "bf16" (autocast) or "f16" (autocast with a gradient scaler).
         augment: "shift" trains on images shifted by a few whole pixels, "affine" on random affine
             views (:mod:`als_ext.augment`), "none" on the samples as they are, but for views that
-            "als-lc" learns from without labels; "auto" is "shift" for
-            "als-lc" where the samples are a floating tensor of images of 12 x 12 and more, else
-            "none".
+            "als-lc" learns from without labels; "auto" is "shift" for "als-lc" where the samples
+            are images, floating and of 12 x 12 and more, else "none".
         deterministic: ask torch for deterministic algorithms while training.
         embedding: name of the layer whose output is the embedding (``model.get_submodule``); None
             takes the model's own ``embed`` function.

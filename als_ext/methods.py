@@ -48,7 +48,7 @@ class Task:
             where nobody gave any.
         clean_index: int64 [m] on ``device``, where these samples are in the training set; None
             where nobody said.
-        images: whether the samples are a tensor of images [n, C, H, W], H and W >= 12.
+        images: whether the samples are floating images [C, H, W], H and W >= 12.
         kept: int64 [m] on the device of ``labels``, samples whose labels no correction may change;
             None where there are none.
         augment: makes the views to train on; None where the samples themselves are trained on.

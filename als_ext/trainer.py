@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -24,7 +26,7 @@ from als_ext.checkpoint import (
 )
 from als_ext.config import RESUME_MAY_CHANGE, TrainConfig
 from als_ext.correction import labels_digest
-from als_ext.data import IndexedDataset, TensorBatches, as_labels
+from als_ext.data import IndexedDataset, TensorBatches, as_labels, as_positions
 from als_ext.embedding import make_embedder
 from als_ext.io import remove_left_overs
 from als_ext.loader import LoaderBatches
@@ -38,10 +40,20 @@ from als_ext.weights import SampleWeights
 # The activations of a larger batch are more than malloc keeps: on a CPU each is paged in anew.
 _EVAL_BATCH = 256
 CHECKPOINT = "checkpoint.pt"
+Array = Tensor | NDArray[Any]
 _SAVED = (  # in a checkpoint
     *("config", "data", "model", "method", "batches"),
     *("labels", "losses", "history", "rng", "seconds"),
 )
+
+
+def _tensor(name: str, value: Array) -> Tensor:
+    """A tensor that shares the memory of an array; of a read-only one, a copy."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor or an array, got {type(value).__name__}")
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,32 +145,33 @@ class Trainer:
 
     def fit(
         self,
-        data: Tensor | Dataset[Any],
-        labels: Tensor | None = None,
+        data: Array | Dataset[Any],
+        labels: Array | None = None,
         *,
-        test: tuple[Tensor, Tensor] | Dataset[Any] | None = None,
-        true_labels: Tensor | None = None,
+        test: tuple[Array, Array] | Dataset[Any] | None = None,
+        true_labels: Array | None = None,
         plain: Dataset[Any] | None = None,
-        clean: tuple[Tensor, ...] | None = None,
-        kept: Tensor | None = None,
+        clean: tuple[Array, ...] | None = None,
+        kept: Array | None = None,
         resume: bool = False,
     ) -> TrainResult:
         """Train for ``config.epochs`` epochs; more where the method says so.
 
         Args:
-            data: inputs [n, ...], which move to the device as a whole, or a map-style Dataset whose
-                items are x or start with x.
-            labels: int64 [n] in [0, C), the labels to train on, right or wrong; None takes those of
+            data: inputs [n, ...], a tensor or an array, which move to the device as a whole; or a
+                map-style Dataset whose items are x or start with x. Whether they are images is seen
+                by the first of them.
+            labels: integers [n] in [0, C), the labels to train on, right or wrong; None takes those of
                 the Dataset. They are copied.
             test: inputs and labels, or a Dataset of (x, label), for the accuracy after each epoch.
-            true_labels: int64 [n], only to measure with; None where they are unknown.
-            plain: for a Dataset with random augmentation, the same samples in the same order
+            true_labels: integers [n], only to measure with; None where they are unknown.
+            plain: for a Dataset with random augmentation, one of the same samples in the same order
                 without it: embeddings are taken from these.
-            clean: inputs [m, ...] and labels int64 [m] that are known to be right, for the methods
-                that need some; as a third element int64 [m], their positions in the training set,
+            clean: inputs [m, ...] and labels, integers [m], that are known to be right, for the methods
+                that need some; as a third element integers [m], their positions in the training set,
                 for those that need to know which they are.
-            kept: int64 [m], positions of samples whose labels no correction may change, because a
-                person decided them.
+            kept: integers [m], m >= 0, positions of samples whose labels no correction may change,
+                because a person decided them.
             resume: go on from ``out/checkpoint.pt``; without that file start from the beginning.
 
         Returns:
@@ -166,8 +179,9 @@ class Trainer:
 
         Raises:
             FileExistsError: ``out`` holds a checkpoint and ``resume`` is false.
-            ValueError: labels out of range or of another length; a checkpoint that is damaged or
-                belongs to other data, settings or another model.
+            TypeError: an argument of another type or dtype.
+            ValueError: labels or positions out of range or of another length; a checkpoint that is
+                damaged or belongs to other data, settings or another model.
             RuntimeError: the training loss is not finite.
         """
         self._set_up(data, labels, test, true_labels, plain, clean, kept)
@@ -209,15 +223,17 @@ class Trainer:
 
     def _set_up(
         self,
-        data: Tensor | Dataset[Any],
-        labels: Tensor | None,
-        test: tuple[Tensor, Tensor] | Dataset[Any] | None,
-        true_labels: Tensor | None,
+        data: Array | Dataset[Any],
+        labels: Array | None,
+        test: tuple[Array, Array] | Dataset[Any] | None,
+        true_labels: Array | None,
         plain: Dataset[Any] | None,
-        clean: tuple[Tensor, ...] | None,
-        kept: Tensor | None,
+        clean: tuple[Array, ...] | None,
+        kept: Array | None,
     ) -> None:
         config, device = self.config, self.device
+        if isinstance(data, np.ndarray):
+            data = _tensor("data", data)
         source = IndexedDataset(data, labels)
         self._given = as_labels(source.labels, num_classes=self.num_classes)
         n = len(self._given)
@@ -229,11 +245,18 @@ class Trainer:
         self._inputs: tuple[Tensor, ...] | Dataset[Any]
         self._batches: TensorBatches | LoaderBatches
         if isinstance(data, Tensor):
+            if plain is not None:
+                raise ValueError("plain: expected None where data is a tensor, got a data set")
             data = data.to(device)
             self._inputs = (data,)
             live = self._given.to(device, copy=True)
             self._batches = TensorBatches(data, live, config.batch_size, seed=config.seed)
         else:
+            if plain is not None and len(plain) != n:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"plain: expected the {n} samples of data in the same order, got "
+                    f"{len(plain)}"  # type: ignore[arg-type]
+                )
             self._inputs = data if plain is None else plain
             self._batches = LoaderBatches(
                 source,
@@ -246,12 +269,11 @@ class Trainer:
             test_labels = as_labels(
                 test[1], n=len(test[0]), num_classes=self.num_classes, name="test labels"
             )
-            test = (test[0], test_labels)
+            test = (_tensor("test inputs", test[0]), test_labels)
         self._test = test
         known, positions = self._check_clean(clean, n)
-        if kept is not None:
-            kept = as_labels(kept, num_classes=n, name="kept")
-        images = isinstance(data, Tensor) and are_images(data)
+        decided = None if kept is None or not len(kept) else as_positions(kept, n, name="kept")
+        images = self._are_images()
         augment = config.augment
         if augment == "auto":
             augment = "shift" if images and self._kind.augments else "none"
@@ -266,7 +288,7 @@ class Trainer:
                 clean=known,
                 clean_index=positions,
                 images=images,
-                kept=None if kept is None else kept.to(self._batches.labels.device),
+                kept=None if decided is None else decided.to(self._batches.labels.device),
                 augment=make_views(augment),
             )
         )
@@ -276,8 +298,8 @@ class Trainer:
         self._identity = {"samples": n, "labels sha256": labels_digest(self._given)}
         if known is not None:
             self._identity["clean labels sha256"] = labels_digest(known[1])
-        if kept is not None:
-            self._identity["kept sha256"] = labels_digest(kept)
+        if decided is not None:
+            self._identity["kept sha256"] = labels_digest(decided)
 
     def _check_clean(
         self, clean: tuple[Tensor, ...] | None, n: int
@@ -298,13 +320,22 @@ class Trainer:
         labels = as_labels(labels, n=len(x), num_classes=self.num_classes, name="clean labels").to(
             self.device
         )
-        known = (x.to(self.device), labels)
+        known = (_tensor("clean inputs", x).to(self.device), labels)
         if not rest:
             return known, None
-        positions = as_labels(rest[0], n=len(x), num_classes=n, name="clean positions")
-        if len(torch.unique(positions)) < len(positions):
-            raise ValueError("clean positions: expected each once, got one twice")
+        positions = as_positions(rest[0], n, name="clean positions")
+        if len(positions) != len(x):
+            raise ValueError(f"clean positions: expected {len(x)}, got {len(positions)}")
         return known, positions.to(self.device)
+
+    def _are_images(self) -> bool:
+        """Whether the samples are images that can be moved about, by the first of them."""
+        if isinstance(self._inputs, tuple):
+            return are_images(self._inputs[0])
+        with reproducible(self.config.seed, self.device, self.config.deterministic):  # it may draw
+            item = self._inputs[0]
+        x = item[0] if isinstance(item, (tuple, list)) else item
+        return isinstance(x, Tensor) and are_images(x[None])
 
     def _open(self, resume: bool) -> dict[str, Any] | None:
         """Check and make the folder; the checkpoint to go on from, if there is one."""

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn.functional import interpolate, normalize, one_hot
+from torch.utils.data import TensorDataset
 
 from als_ext import (
     CorrectionConfig,
@@ -69,6 +70,22 @@ def partners_nearer(model, x):
     at = torch.arange(2 * len(x))
     partner = cosine[at, at.roll(len(x))]
     return float((cosine < partner[:, None]).double().mean())
+
+
+@pytest.mark.parametrize("kind", [lambda x: x.numpy(), TensorDataset])
+def test_images_are_images_whatever_they_come_in(kind):
+    x, given, true = digits()
+    one, other = trainer(), trainer()
+    expected = one.fit(x, given, test=(x, true))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    result = other.fit(kind(x), given.numpy(), test=(x.numpy(), true.numpy()))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(result.history) == 5, "three epochs without labels"
+    assert result.test_accuracy == expected.test_accuracy
+    assert torch.equal(result.labels, expected.labels)
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
 
 
 def test_the_loss_is_that_of_simclr(monkeypatch):
@@ -493,7 +510,7 @@ def test_images_of_bytes_are_trained_on_as_they_are(monkeypatch):
     x = (40 * (x + 2)).clamp(0, 255).byte()
     run = trainer(OfBytes((1, SIDE, SIDE), CLASSES))
     assert views_seen(monkeypatch, run, x, given) == (0, 0)
-    with pytest.raises(ValueError, match="pretrain: expected 0 for samples that are not a float"):
+    with pytest.raises(ValueError, match="pretrain: expected 0 for samples that are no float"):
         trainer(OfBytes((1, SIDE, SIDE), CLASSES), settings={"pretrain": 1}).fit(x, given)
 
 
@@ -503,7 +520,7 @@ def test_samples_that_are_no_images_are_taken_as_they_are(monkeypatch):
     run = trainer(MLP((20,), CLASSES))
     assert views_seen(monkeypatch, run, x, given) == (0, 0)
     assert run.fit(x, given).history[0]["suspects"] is not None  # warm-up: 1 epoch
-    with pytest.raises(ValueError, match=r"pretrain: expected 0 for samples that are not.*got 2"):
+    with pytest.raises(ValueError, match=r"pretrain: expected 0 for samples that are no .*got 2"):
         trainer(MLP((20,), CLASSES), settings={"pretrain": 2}).fit(x, given)
     with pytest.raises(ValueError, match="augment: expected floating images"):
         trainer(MLP((20,), CLASSES), augment="affine").fit(x, given)

@@ -440,6 +440,15 @@ def test_small_classes_have_small_neighbourhoods():
     assert neighbourhoods(30, (20, 50), 2400, 10) == (15, (15, 15))
 
 
+def test_gaps_in_the_ids_of_classes_change_nothing():
+    x, truth = blobs(1500, 3)
+    given = symmetric(truth, 0.3, 3)
+    near, far = correct_labels(x, given), correct_labels(x, given * 50)
+    assert far.k == near.k == 20
+    assert torch.equal(far.new_label, near.new_label * 50)
+    assert (near.new_label == truth).double().mean() > 0.99
+
+
 def test_blocks_do_not_show(monkeypatch):
     x, truth = blobs(spread=2.5)
     given = symmetric(truth, 0.3, 3)

@@ -78,6 +78,8 @@ def test_set_labels_at_indices():
     assert (live[3], live[0]) == (9, 8)
     assert int((live != labels()).sum()) == 2
     data.set_labels(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    data.set_labels(np.array([5]), index=np.array([1], dtype=np.int32))
+    assert live[1] == 5
 
 
 @pytest.mark.parametrize(
@@ -88,10 +90,12 @@ def test_set_labels_at_indices():
         (torch.zeros(N), None, TypeError, "expected integer class labels, got float32"),
         (torch.tensor([1]), torch.tensor([N]), ValueError, r"index: expected values in \[0, 23\)"),
         (torch.tensor([1]), torch.tensor([-1]), ValueError, r"index: expected values in \[0, 23\)"),
-        (torch.tensor([1, 2]), torch.tensor([4, 4]), ValueError, "distinct sample indices"),
+        (torch.tensor([1, 2]), torch.tensor([4, 4]), ValueError, "index: expected distinct"),
         (torch.tensor([1, 2]), torch.tensor([4]), ValueError, "expected 1 labels, got 2"),
-        (torch.tensor([1]), torch.tensor([4.0]), TypeError, "index: expected int64"),
-        (torch.tensor([1]), torch.tensor(4), TypeError, "index: expected int64"),
+        (torch.tensor([1]), torch.tensor([4.0]), TypeError, "index: expected integer .*float32"),
+        (torch.tensor([1]), torch.tensor([True]), TypeError, "index: expected integer .*bool"),
+        (torch.tensor([1]), torch.tensor(4), ValueError, r"index: expected shape \[m\]"),
+        (torch.tensor([1]), [4], TypeError, "index: expected integer .*list"),
     ],
 )
 def test_bad_set_labels_changes_nothing(new, index, error, message):

@@ -145,6 +145,14 @@ def test_a_corrector_keeps_what_was_decided(write):
     again.load_state_dict(corrector.state_dict())
     again.step(x)
     assert torch.equal(again.labels, expected)
+    undone = corrector.undo()  # the second step, which changed nothing
+    assert undone.numel() == 0
+    corrector.undo()
+    standing = expected[[0, 1, 100]].tolist()
+    assert corrector.labels[[0, 1, 100]].tolist() == standing, "pinned"
+    assert corrector.labels[2] == given[2]
+    corrector.step(x)
+    assert torch.equal(corrector.labels, expected)
     other = LabelCorrector(truth, 2)
     with pytest.raises(ValueError, match="other given labels"):
         other.decide(decisions)

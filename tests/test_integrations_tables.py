@@ -71,11 +71,22 @@ def test_labels_keep_their_type(dtype):
     assert list(out.new_label) == list(names[true])
 
 
+def test_columns_are_features():
+    rng = np.random.default_rng(0)
+    true = np.arange(N) % 3
+    x = rng.standard_normal((N, 2)) + 10.0 * (true[:, None] + 1)  # on one line through the origin
+    given = np.where(rng.random(N) < 0.2, (true + 1) % 3, true)
+    table = pd.DataFrame(x, columns=["a", "b"]).assign(label=given)
+    assert (correct_table(table, embedding=["a", "b"]).new_label == true).all()
+    assert not (correct_table(table, embedding=["a", "b"], metric="cosine").new_label == true).all()
+
+
 def test_embeddings_in_columns_or_beside_the_table():
     x, given, _ = data()
     table = pd.DataFrame(x, columns=["a", "b", "c"]).assign(label=given)
-    columns = correct_table(table, embedding=["a", "b", "c"])
-    pd.testing.assert_frame_equal(columns, correct_table(table, embedding=table.columns[:3]))
+    columns = correct_table(table, embedding=["a", "b", "c"], metric="cosine")
+    again = correct_table(table, embedding=table.columns[:3], metric="cosine")
+    pd.testing.assert_frame_equal(columns, again)
     pd.testing.assert_frame_equal(columns, correct_table(table, embedding=x))
     pd.testing.assert_frame_equal(columns, correct_table(table, embedding=torch.from_numpy(x)))
     np.testing.assert_array_equal(columns.new_label, expected().new_label)

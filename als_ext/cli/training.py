@@ -134,7 +134,7 @@ def fit(
         test=data.test,
         true_labels=data.true_labels,
         clean=clean,
-        kept=data.kept if len(data.kept) else None,
+        kept=data.kept,
         resume=resume,
     )
 

@@ -68,8 +68,10 @@ def correct_labels(
         scores: [n] finite real numbers, the higher the more suspect (a mean loss,
             :meth:`als_ext.SampleWeights.log_pi`); only their order counts. None: the suspects come
             from the neighbours alone.
-        num_classes: number of classes, >= 1; None: the highest label + 1.
-        k: neighbours that vote, in [1, n - 1], or "auto": 20, fewer where classes are small.
+        num_classes: number of classes, >= 1; None: the highest label + 1. Classes that nobody was
+            given cost memory alone, 8 times the square of this.
+        k: neighbours that vote, in [1, n - 1], or "auto": 20, fewer where classes are small: a
+            sixteenth of their mean size, so that below 32 samples a class a single one votes.
         suspects: "auto" as above. Otherwise these and only these may be relabelled, by the plain
             vote of the voters: "score" (above Otsu's threshold of the scores), a number q in (0, 1)
             (the share q with the highest scores) or a bool mask [n].
@@ -233,8 +235,10 @@ def correct(
         threshold = score_threshold(rows.everywhere(score), config.suspects)
         suspect = score >= threshold
     _, n = rows.span(len(given))
-    k = neighbours_that_vote(config.k, n, num_classes)
-    region, spread = neighbourhoods(config.region, config.spread, n, num_classes)
+    # Ids may have gaps: only classes that somebody was given make neighbourhoods small.
+    present = int(rows.sum(torch.bincount(given, minlength=num_classes)).count_nonzero())
+    k = neighbours_that_vote(config.k, n, present)
+    region, spread = neighbourhoods(config.region, config.spread, n, present)
     widest = k if suspect is not None else max(k, region, *spread)
     graph = Graph(x, widest, config.metric, config.precision, rows)
     first = survival = None

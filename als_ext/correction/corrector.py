@@ -275,7 +275,7 @@ class LabelCorrector:
 
         Args:
             index: None: the last step that was not undone; labels that something else has changed
-                since stay. An int or integers, torch or numpy, positions in [0, n): these samples.
+                since stay, and so do those that were pinned before. An int or integers, torch or numpy, positions in [0, n): these samples.
             pin: whether these samples keep their labels in all later steps.
 
         Returns:
@@ -293,7 +293,7 @@ class LabelCorrector:
             at = self._history.sample[made].to(self._labels.device)
             old = self._history.old[made].to(at.device)
             new = self._history.new[made].to(at.device)
-            standing = self._labels[at] == new
+            standing = (self._labels[at] == new) & ~self._pinned[at]
             touched, at, target = at, at[standing], old[standing]
         else:
             step = self._steps - 1

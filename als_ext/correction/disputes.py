@@ -106,9 +106,9 @@ def propagated_labels(
         The neighbours take 12 n k bytes, k being up to 300, the clusters 24 n C. These are asked
         where 3 to 20 classes are given.
     """
-    n = len(given)
-    far = min(_FAR, local_neighbours(n, num_classes))
-    near = neighbours_that_vote(config.k, n, num_classes)
+    n, present = len(given), len(torch.unique(given))
+    far = min(_FAR, local_neighbours(n, present))
+    near = neighbours_that_vote(config.k, n, present)
     graph = Graph(x, max(far, near), config.metric, config.precision)
 
     def voted(label: Tensor, voter: Tensor, k: int) -> Tensor:

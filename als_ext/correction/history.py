@@ -19,7 +19,8 @@ class RelabelHistory:
     """Every change of a label, in order; all tensors [m], on the host.
 
     Attributes:
-        step: int64, the step that made the change, or that was undone by it; from 0.
+        step: int64, the step that made the change, or that was undone by it; from 0. Of a decision
+            and of samples given their original labels, the last step before; -1 if there was none.
         epoch: int64, the epoch given with that step; -1 for an undo or a decision.
         sample: int64, position of the sample.
         old: int64, label before.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from als_ext.data.labels import as_labels
+from als_ext.data.labels import as_labels, as_positions
 
 __all__ = ["IndexedDataset", "TensorBatches"]
 
@@ -81,36 +81,25 @@ class IndexedDataset(Dataset[tuple[Any, Tensor, int]]):
     def set_labels(
         self,
         labels: Tensor | npt.NDArray[np.integer],
-        index: Tensor | None = None,
+        index: Tensor | npt.NDArray[np.integer] | None = None,
     ) -> None:
         """Replace all labels, or those at ``index``, in place.
 
         Args:
             labels: integer, at least 0; ``[n]``, or the shape of ``index``.
-            index: ``int64 [m]`` sample indices in [0, n), distinct; ``None`` replaces all.
+            index: integer ``[m]`` sample indices in [0, n), distinct; ``None`` replaces all.
 
         Raises:
-            TypeError: labels that are not integers, an index that is not ``int64``.
+            TypeError: labels or an index that are not integers.
             ValueError: wrong length, negative label, index out of range or given twice. Nothing is
                 changed then.
         """
         if index is None:
             self._labels.copy_(as_labels(labels, n=len(self)))
             return
-        if index.dtype != torch.int64 or index.ndim != 1:
-            raise TypeError(f"index: expected int64 [m], got {index.dtype} {list(index.shape)}")
-        if index.numel() == 0 and len(labels) == 0:
-            return
-        values = as_labels(labels, n=index.numel())
-        index = index.cpu()
-        if int(index.min()) < 0 or int(index.max()) >= len(self):
-            raise ValueError(
-                f"index: expected values in [0, {len(self)}), "
-                f"got values in [{int(index.min())}, {int(index.max())}]"
-            )
-        if len(torch.unique(index)) != index.numel():
-            raise ValueError("index: expected distinct sample indices, got one twice")
-        self._labels[index] = values
+        at = as_positions(index, len(self))
+        if at.numel() or len(labels):
+            self._labels[at] = as_labels(labels, n=at.numel())
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -17,7 +17,7 @@ from torch import Tensor
 from als_ext.data.arrays import read_arrays
 from als_ext.io import atomic_open
 
-__all__ = ["as_labels", "read_labels", "write_labels"]
+__all__ = ["as_labels", "as_positions", "read_labels", "write_labels"]
 
 _SUFFIXES = (".json", ".csv", ".npy", ".npz")
 _INT64_MAX = 2**63 - 1
@@ -74,6 +74,47 @@ def as_labels(
         first = int(np.argmax(wrong))
         expected = "at least 0" if num_classes is None else f"in [0, {num_classes})"
         raise ValueError(f"{name}: {unit} {first}: expected a label {expected}, got {array[first]}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def as_positions(
+    index: Tensor | npt.NDArray[np.integer], n: int, *, name: str = "index"
+) -> Tensor:
+    """Check positions of distinct samples and return them as a new ``int64`` CPU tensor.
+
+    Args:
+        index: integer ``[m]`` tensor or numpy array (not ``bool``), m >= 0, values in [0, n).
+        n: number of samples.
+        name: what the messages call the positions.
+
+    Returns:
+        ``int64 [m]``, memory of its own, in the order given.
+
+    Raises:
+        TypeError: not a tensor or array of integers.
+        ValueError: wrong number of dimensions, a position out of range or given twice.
+
+    Note:
+        Copies a CUDA tensor to the host, so it synchronises: not for a training step.
+
+    Example:
+        >>> import numpy as np
+        >>> from als_ext.data import as_positions
+        >>> as_positions(np.array([2, 0]), 3)
+        tensor([2, 0])
+    """
+    array = index.detach().cpu().numpy() if isinstance(index, Tensor) else index
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
+        found = getattr(array, "dtype", type(array).__name__)
+        raise TypeError(f"{name}: expected integer positions of samples, got {found}")
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected shape [m], got {list(array.shape)}")
+    wrong = (array < 0) | (array >= n)
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        raise ValueError(f"{name}: expected values in [0, {n}), got {array[first]} at {first}")
+    if len(np.unique(array)) < len(array):
+        raise ValueError(f"{name}: expected distinct positions, got one twice")
     return torch.from_numpy(array.astype(np.int64))
 
 

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from als_ext import CorrectionConfig, TrainConfig, Trainer, correct_labels
+from als_ext.methods import METHODS
 from als_ext.models import MLP
 from als_ext.runtime import seeded
 
@@ -41,7 +42,8 @@ class AlsClassifier(ClassifierMixin, BaseEstimator):
     """A network trained on labels that may be wrong: :class:`als_ext.Trainer` on arrays.
 
     Args:
-        method: a name in :data:`als_ext.methods.METHODS`; "als-lc" corrects labels while training.
+        method: a name in :data:`als_ext.methods.METHODS`, of one that trains a network (all but
+            "knn-floor"); "als-lc" corrects labels while training.
         make_model: maps (number of features, number of classes) to a module that maps float32
             [B, D] to logits [B, C], with a function ``embed`` if the method corrects labels; None
             makes an :class:`als_ext.models.MLP`.
@@ -117,6 +119,8 @@ class AlsClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, codes = _encode(y)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         config = TrainConfig.recommended(len(X), **self._settings(seed))
+        if config.method in METHODS and not METHODS[config.method].trains:
+            raise ValueError(f"method: expected one that trains a network, got {config.method!r}")
         shape = X.shape[1], len(self.classes_)
         with seeded(seed):
             make = self.make_model

@@ -43,6 +43,8 @@ def correct_table(
         scores: name of a column of numbers, the higher the more suspect; None for none.
         prefix: before the names of the new columns.
         **options: further arguments of :func:`als_ext.correct_labels`, all but num_classes.
+            ``metric`` is "l2" unless told otherwise where ``embedding`` names D columns: these are
+            features, whose angles seen from the origin say little.
 
     Returns:
         A table of the same kind with five more columns. ``new_label`` is of the label's column's
@@ -100,6 +102,7 @@ def correct_table(
         x = (_rows if pandas else _lists)(source[embedding], embedding)
     elif not given:
         x = np.stack([_numbers(source[name], name) for name in names], axis=1, dtype=np.float32)
+        options.setdefault("metric", "l2")
     coded = (_code_pandas if pandas else _code_arrow)(source[label], label)
     score = None if scores is None else _numbers(source[scores], scores)
     result: Any = correct_labels(x, coded.codes, score, **options).numpy()
