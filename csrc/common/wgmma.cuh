@@ -1,5 +1,5 @@
-// Warpgroup tensor cores, bulk copies and their barriers: every function here is one instruction
-// and nothing else, but for the descriptor. Torch-free. The C++ tests put plain code in their place
+// Warpgroup tensor cores, bulk copies and their barriers: every function here is at most one
+// instruction, but for the descriptor. Torch-free. The C++ tests put plain code in their place
 // (tests/cpp/emulate_wgmma.h). For compute capability 9.0, compiled for sm_90a.
 #pragma once
 
@@ -102,6 +102,13 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The accumulator of products that are done. The compiler takes it for written where the products
+// were issued; after this line, and not before wgmma_wait, it may work with it.
+__device__ __forceinline__ void wgmma_done(float (&d)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // D = A B^T, or D += A B^T, for A [64, 16] and B [128, 16] in bf16, both in shared memory, and D

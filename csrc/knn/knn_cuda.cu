@@ -32,13 +32,14 @@ void search(const Tensor& query, const Tensor& database, const Request& request,
   const int64_t part = database.is_cuda()
                            ? KnnCudaPlan::resident_rows(rows, dim)
                            : KnnCudaPlan::part_rows(rows, dim, row_bytes, staging_bytes());
-  const KnnCudaPlan plan = KnnCudaPlan::of(x.rows, part, dim);
+  const int blocks = knn_hopper_blocks();
+  const KnnCudaPlan plan = KnnCudaPlan::of(x.rows, part, dim, blocks);
   // Freed to the stream-ordered allocator at the end of the call.
   const Tensor workspace = empty_on(query, {KnnCudaMemory::of(plan, 0).bytes}, ScalarType::Byte);
   const auto start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   const KnnCudaSearch<T> search{
       x,     request.k, request.exclude_self,           request.exact, distance,
-      index, plan,      KnnCudaMemory::of(plan, start), stream};
+      index, plan,      KnnCudaMemory::of(plan, start), stream,        blocks};
   const auto run = [&](const void* data, int64_t first) {
     search.run(
         {static_cast<const T*>(data), std::min(part, rows - first), dim, request.metric, first});

@@ -10,7 +10,7 @@ namespace als {
 struct KnnCudaPlan {
   static constexpr int64_t kChunkBytes = int64_t{40} << 20;  // database tiles packed in bf16
   static constexpr int64_t kFloatBytes = int64_t{24} << 20;  // and in float32
-  static constexpr int64_t kSpanBytes = int64_t{128} << 20;  // packed queries, their group maxima
+  static constexpr int64_t kSpanBytes = int64_t{144} << 20;  // packed queries, their group maxima
   static constexpr int64_t kSumBytes = int64_t{16} << 20;    // column sums of the parts
 
   int64_t dim;
@@ -22,7 +22,8 @@ struct KnnCudaPlan {
   int64_t groups;       // of the database, whose maxima are stored for each query of a span
   int64_t sums;         // most parts of the column sums
 
-  static KnnCudaPlan of(int64_t queries, int64_t rows, int64_t dim) {
+  // `blocks`: of the Hopper kernel's grid; 0 for the other.
+  static KnnCudaPlan of(int64_t queries, int64_t rows, int64_t dim, int64_t blocks = 0) {
     KnnCudaPlan p{};
     p.dim = dim;
     p.tile_bytes = knn_slabs(dim) * kKnnSlabBytes;
@@ -35,17 +36,52 @@ struct KnnCudaPlan {
     p.float_chunk = std::clamp<int64_t>(kFloatBytes / (4 * p.float_tile()), 1, tiles);
     const int64_t query_bytes = 4 * p.groups + 4 * p.depth + p.tile_bytes / kKnnTile +
                                 static_cast<int64_t>(sizeof(KnnQuery) + sizeof(KnnBound) + 4);
-    p.span = std::clamp<int64_t>(kSpanBytes / query_bytes, 1, queries);
+    const int64_t most = kSpanBytes / query_bytes;
+    p.span = std::clamp<int64_t>(most, 1, queries);
+    if (ceil_div(queries, kKnnTile) * kKnnTile <= most) return p;
     for (const int64_t whole : {2 * kKnnTile, kKnnTile}) {  // two tiles are what a block has
       if (p.span > whole) p.span = p.span / whole * whole;
+    }
+    if (blocks > 0 && p.span > 2 * kKnnTile) {
+      p.span = even_pairs(p.span / (2 * kKnnTile), std::min(tiles, p.chunk), blocks) * 2 * kKnnTile;
     }
     return p;
   }
 
-  // Rows of a part of a database on the device: those of a chunk, which are packed once for all
-  // spans, but no fewer than 65,536: each part has a selection of its own.
+  // How the Hopper kernel's blocks share the pairs of query tiles and the tiles of the database: in
+  // rounds, each block taking one (segment of the tiles, pair), all pairs of a segment before the
+  // next segment. So blocks at work at a time read the same few segments, which come from memory
+  // once and to the others from L2.
+  struct Shares {
+    int64_t segments;
+    int64_t time;  // in tiles multiplied one after the other
+
+    static Shares of(int64_t pairs, int64_t tiles, int64_t blocks) {
+      constexpr int64_t kStart = 2;  // tiles that would be multiplied while new queries come
+      Shares best{1, ceil_div(pairs, blocks) * (tiles + kStart)};
+      for (int64_t segments = 2; segments <= std::min(tiles, 4 * blocks); ++segments) {
+        const int64_t rounds = ceil_div(pairs * segments, blocks);
+        const int64_t time = rounds * (ceil_div(tiles, segments) + kStart);
+        if (time < best.time) best = {segments, time};
+      }
+      return best;
+    }
+  };
+
+  // Pairs of query tiles for a span, of at most so many, that leave the fewest blocks idle.
+  static int64_t even_pairs(int64_t most, int64_t tiles, int64_t blocks) {
+    int64_t best = most, time = Shares::of(most, tiles, blocks).time;
+    for (int64_t pairs = most - 1; 4 * pairs >= 3 * most; --pairs) {
+      const int64_t other = Shares::of(pairs, tiles, blocks).time;
+      if (other * best < time * pairs) best = pairs, time = other;
+    }
+    return best;
+  }
+
+  // Rows of a part of a database on the device: at most those of a chunk, which are packed once for
+  // all spans, or 65,536 where that is more: each part has a selection of its own.
   static int64_t resident_rows(int64_t rows, int64_t dim) {
-    return std::min(rows, std::max<int64_t>(of(1, rows, dim).chunk * kKnnTile, 1 << 16));
+    return equal_parts(rows, std::max<int64_t>(of(1, rows, dim).chunk * kKnnTile, 1 << 16));
   }
 
   // Rows of a part of a database that comes from the host. Its tiles fit a chunk, so that they are
@@ -53,7 +89,15 @@ struct KnnCudaPlan {
   static int64_t part_rows(int64_t rows, int64_t dim, int64_t row_bytes, int64_t staging_bytes) {
     const KnnCudaPlan p = of(1, rows, dim);
     const int64_t part = std::min(staging_bytes / row_bytes, p.chunk * kKnnTile);
-    return std::clamp<int64_t>(part > kKnnTile ? part / kKnnTile * kKnnTile : part, 1, rows);
+    return equal_parts(rows, part > kKnnTile ? part / kKnnTile * kKnnTile : part);
+  }
+
+  // Rows of a part, the last one's being no fewer by much: a part of one row would cost as many
+  // launches as any. `most` is a multiple of a tile, or below one.
+  static int64_t equal_parts(int64_t rows, int64_t most) {
+    most = std::clamp<int64_t>(most, 1, rows);
+    const int64_t part = ceil_div(rows, ceil_div(rows, most));
+    return part < kKnnTile ? part : std::min(rows, ceil_div(part, kKnnTile) * kKnnTile);
   }
 
   int64_t float_tile() const { return kKnnTile * depth; }  // numbers

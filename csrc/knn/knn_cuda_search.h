@@ -47,7 +47,7 @@ struct KnnCudaSearch {
   KnnCudaPlan plan;
   KnnCudaMemory memory;
   cudaStream_t stream;
-  int hopper_blocks = knn_hopper_blocks();
+  int hopper_blocks;  // 0: the kernel for other devices
 
   void run(const KnnRows<T>& y) const {
     STD_CUDA_CHECK(cudaFuncSetAttribute(knn_score, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -101,14 +101,17 @@ struct KnnCudaSearch {
         ALS_LAUNCH_CHECK();
       }
       launch_score({memory.query, memory.database, memory.half_norm, memory.group_max, count,
-                    tiles * kKnnTileGroups, group, y.dim, static_cast<int>(here), 0});
+                    tiles * kKnnTileGroups, group, y.dim, static_cast<int>(here), 0, 0});
     }
   }
 
   void launch_score(KnnScoreParams params) const {
     const int64_t query_tiles = ceil_div(params.queries, kKnnTile);
     if (hopper_blocks > 0) {
-      const int64_t shares = ceil_div(query_tiles, 2) * params.tiles;
+      const int64_t pairs = ceil_div(query_tiles, 2);
+      params.segments =
+          static_cast<int>(KnnCudaPlan::Shares::of(pairs, params.tiles, hopper_blocks).segments);
+      const int64_t shares = pairs * params.segments;
       knn_score_hopper<<<grid(std::min<int64_t>(shares, hopper_blocks)), kKnnHopperThreads,
                          kKnnHopperShared, stream>>>(params);
     } else {

@@ -22,6 +22,7 @@ struct KnnScoreParams {
   int64_t queries, groups, first_group, dim;
   int tiles;        // of the database
   int block_tiles;  // of them for one block of knn_score
+  int segments;     // of them, for knn_score_hopper; at least one tile each
 };
 
 // Copies a slab, two pieces a thread.

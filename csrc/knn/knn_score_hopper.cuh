@@ -80,25 +80,24 @@ struct KnnStage {
   }
 };
 
-// The share of a block of all (pair of query tiles, database tile): runs of tiles before one pair.
+// What a block does: every gridDim.x-th of all (segment of the database's tiles, pair of query
+// tiles), all pairs of a segment before the next (KnnCudaPlan::Shares).
 struct KnnRuns {
-  int64_t at, end, tiles;
+  int64_t at, pairs;
   int64_t pair = 0;
   int first = 0, count = 0;  // tiles of the run
   bool both = false;         // whether the second query tile of the pair exists
 
-  __device__ explicit KnnRuns(const KnnScoreParams& p) : tiles(p.tiles) {
-    const int64_t all = (p.queries + 2 * kKnnTile - 1) / (2 * kKnnTile) * tiles;
-    at = all * blockIdx.x / gridDim.x;
-    end = all * (blockIdx.x + 1) / gridDim.x;
-  }
+  __device__ explicit KnnRuns(const KnnScoreParams& p)
+      : at(blockIdx.x), pairs((p.queries + 2 * kKnnTile - 1) / (2 * kKnnTile)) {}
   __device__ bool next(const KnnScoreParams& p) {
-    if (at == end) return false;
-    pair = at / tiles;
-    first = static_cast<int>(at % tiles);
-    count = static_cast<int>(min(tiles - first, end - at));
+    const int64_t segment = at / pairs;
+    if (segment >= p.segments) return false;
+    pair = at - segment * pairs;
+    first = static_cast<int>(segment * p.tiles / p.segments);
+    count = static_cast<int>((segment + 1) * p.tiles / p.segments) - first;
     both = p.queries > (2 * pair + 1) * kKnnTile;
-    at += count;
+    at += gridDim.x;
     return true;
   }
 };
@@ -226,6 +225,8 @@ __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
       }
       fence_async();  // the next copy into this stage comes after these reads
       wgmma_wait<0>();
+      wgmma_done(upper);
+      wgmma_done(lower);
       arrive(block.empty + last);
       const int64_t query = (2 * run.pair + mine) * kKnnTile;
       knn_hopper_store(p, upper, h, query, run.first + tile);
@@ -240,9 +241,9 @@ __device__ __forceinline__ void knn_hopper_multiply(const KnnScoreParams& p,
 #endif
 
 // What: max over each group of 16 rows of <q~, c~> - h, by wgmma.
-// Grid: a block an SM, for equal shares of all (pair of query tiles, database tile): a slab of the
-// database comes from L2 once for 256 queries. Warpgroup 0 copies, 1 and 2 multiply; a thread owns
-// the scores of 4 of 128 queries with 2 groups of rows.
+// Grid: a block an SM, for shares in turn of all (segment of tiles, pair of query tiles): a slab of
+// the database comes from L2 once for 256 queries. Warpgroup 0 copies, 1 and 2 multiply; a thread
+// owns the scores of 4 of 128 queries with 2 groups of rows.
 // Shared memory: dynamic, kKnnHopperShared, as KnnHopperPlan lays it out. `full` says that a stage
 // is there, `empty` that both warpgroups are done with it, `turn` that the other one has
 // multiplied. Determinism: one accumulator a score, features in order. Compiled without wgmma it

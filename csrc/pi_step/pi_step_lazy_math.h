@@ -38,9 +38,9 @@ constexpr double kPiPause = 64.0;
 // float64 entries are rewritten (A = 1, centred) late: for their range and for digits of the level.
 constexpr double kPiLazyScaleMin = 1e-270;
 constexpr double kPiLazyLevelMax = 1e4;
+constexpr int kPiSumsLanes = 8;  // at least this many partial sums of a batch
 // New entries have u = r / A: as A falls, w follows by factors of 2^8, or powers of v would
 // overflow.
-constexpr int kPiSumsLanes = 8;  // at least this many partial sums of a batch
 constexpr double kPiWidthStep = 256.0;
 
 // The tensor `sums`, float64, in device memory.

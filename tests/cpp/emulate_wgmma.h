@@ -278,6 +278,11 @@ void wgmma_wait() {
   emulated::exchange(0);  // a warp waits as one
 }
 
+inline void wgmma_done(float (&d)[64]) {
+  emulated::require(!emulated::products().flying.count(&d),
+                    "an accumulator taken for done whose products are in flight");
+}
+
 inline void wgmma_bf16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   struct Operands {
     uint64_t a, b;

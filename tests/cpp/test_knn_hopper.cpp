@@ -57,6 +57,7 @@ struct Shape {
   int tiles;  // of the database
   int64_t dim;
   unsigned blocks;
+  int segments = 1;
 };
 
 // As aligned as device memory; as large as the tiles, so that AddressSanitizer sees their end.
@@ -135,7 +136,8 @@ int64_t wrong_maxima(const Shape& s) {
                                    kBefore,
                                    s.dim,
                                    s.tiles,
-                                   0};
+                                   0,
+                                   s.segments};
   emulated::launch(
       s.blocks, als::kKnnHopperThreads, [&] { als::knn_score_hopper(params); },
       als::kKnnHopperShared);
@@ -165,12 +167,15 @@ TEST_P(KnnHopper, StagesComeRoundManyTimes) {
 }
 
 TEST_P(KnnHopper, SharesOfTheBlocks) {
-  // Three pairs of query tiles of which the last has one tile, five tiles: shares that end within a
-  // pair, that go over several, that are a single tile, and none.
-  for (unsigned blocks : {1, 2, 4, 15, 20}) {
-    EXPECT_EQ(wrong_maxima({2 * 256 + 100, 5, 20, blocks}), 0) << blocks;
+  // Three pairs of query tiles of which the last has one tile, five tiles: segments of several
+  // tiles, of unequal ones, of one; blocks that take several pairs, one tile in between, and none.
+  for (int segments : {1, 2, 3, 5}) {
+    for (unsigned blocks : {1, 2, 4, 15, 20}) {
+      EXPECT_EQ(wrong_maxima({2 * 256 + 100, 5, 20, blocks, segments}), 0)
+          << segments << " segments, " << blocks << " blocks";
+    }
   }
-  EXPECT_EQ(wrong_maxima({2 * 256 + 100, 5, 390, 2}), 0);
+  EXPECT_EQ(wrong_maxima({2 * 256 + 100, 5, 390, 2, 2}), 0);
 }
 
 TEST_P(KnnHopper, FewQueries) {

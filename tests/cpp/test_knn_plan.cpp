@@ -57,7 +57,7 @@ TEST(KnnCudaPlan, PartsFillTheirBuffersAndArePackedOnce) {
       EXPECT_TRUE(part < als::kKnnTile || part % als::kKnnTile == 0) << part;
       const bool fills = 4 * part * row >= 3 * als::kStagingBytes;
       EXPECT_TRUE(fills || plan.chunk > 1) << dim;
-      EXPECT_TRUE(fills || (part + als::kKnnTile) * plan.tile_bytes >
+      EXPECT_TRUE(fills || (part + part / 64 + als::kKnnTile) * plan.tile_bytes >
                                KnnCudaPlan::kChunkBytes * als::kKnnTile)
           << dim;
     }
@@ -70,6 +70,40 @@ TEST(KnnCudaPlan, APartHasAtLeastOneRowAndNoMoreThanThereAre) {
   EXPECT_EQ(KnnCudaPlan::part_rows(500, 3, 12, 12 * 100), 100);
   EXPECT_EQ(KnnCudaPlan::part_rows(500, 3, 12, 12 * 300), 256);
   EXPECT_EQ(KnnCudaPlan::part_rows(500, 10'000'000, 40'000'000, als::kStagingBytes), 1);
+}
+
+TEST(KnnCudaPlan, TheLastPartIsNotMuchSmallerThanTheOthers) {
+  EXPECT_EQ(KnnCudaPlan::resident_rows(65'536, 768), 65'536);
+  EXPECT_EQ(KnnCudaPlan::resident_rows(65'537, 768), 32'896);
+  for (int64_t dim : kDims) {
+    for (int64_t rows : {1, 127, 129, 65'537, 163'841, 1'000'001, 100'000'000}) {
+      const int64_t row = 4 * dim;
+      for (int64_t part : {KnnCudaPlan::resident_rows(rows, dim),
+                           KnnCudaPlan::part_rows(rows, dim, row, als::kStagingBytes)}) {
+        const int64_t parts = als::ceil_div(rows, part), last = rows - (parts - 1) * part;
+        EXPECT_GT(last, part - als::kKnnTile * parts) << rows << ", D = " << dim;
+        EXPECT_LE(last, part);
+      }
+    }
+  }
+}
+
+TEST(KnnCudaPlan, BlocksHaveEqualShares) {
+  using Shares = KnnCudaPlan::Shares;
+  EXPECT_EQ(Shares::of(22, 782, 132).segments, 6);  // one round
+  EXPECT_EQ(als::ceil_div(782, Shares::of(1, 782, 132).segments), 6);
+  EXPECT_EQ(Shares::of(1, 5, 132).segments, 5);  // no segment without a tile
+  EXPECT_EQ(Shares::of(391, 1, 132).segments, 1);
+  for (int64_t dim : {32, 128, 256, 512, 768}) {
+    const int64_t part = KnnCudaPlan::resident_rows(100'000, dim);
+    const KnnCudaPlan plan = KnnCudaPlan::of(100'000, part, dim, 132);
+    const int64_t pairs = plan.span / (2 * als::kKnnTile);
+    const int64_t tiles = std::min(plan.chunk, als::ceil_div(part, als::kKnnTile));
+    EXPECT_EQ(plan.span % (2 * als::kKnnTile), 0);
+    EXPECT_GE(100 * pairs * tiles, 95 * 132 * Shares::of(pairs, tiles, 132).time) << dim;
+    EXPECT_GE(4 * plan.span, 3 * KnnCudaPlan::of(100'000, part, dim).span) << dim;
+  }
+  EXPECT_EQ(KnnCudaPlan::of(20'000, 1000, 128, 132).span, 20'000);  // one span serves all
 }
 
 TEST(KnnCudaPlan, ALaterSmallerPartFitsTheMemoryOfTheFirst) {

@@ -258,6 +258,16 @@ TEST(WgmmaDeathTest, ProductsWithoutAFence) {
                "no fence");
 }
 
+TEST(WgmmaDeathTest, AnAccumulatorThatIsTakenForDoneTooEarly) {
+  EXPECT_DEATH(with_operand([](float (&d)[64], uint64_t a) {
+                 als::wgmma_fence();
+                 als::wgmma_bf16(d, a, a, false);
+                 als::wgmma_commit();
+                 als::wgmma_done(d);
+               }),
+               "in flight");
+}
+
 TEST(WgmmaDeathTest, AnAccumulatorThatIsWrittenTooEarly) {
   EXPECT_DEATH(with_operand([](float (&d)[64], uint64_t a) {
                  als::wgmma_fence();
