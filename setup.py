@@ -4,7 +4,10 @@ Environment: ALS_CUDA=0|1|auto (default auto), CUDA_HOME, TORCH_CUDA_ARCH_LIST, 
 """
 
 import os
+import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from runpy import run_path
@@ -22,24 +25,46 @@ def find_cuda_home():
     candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
     candidates += ["/usr/local/cuda", "/opt/cuda"]
     for home in filter(None, candidates):
-        if (Path(home) / "include" / "cuda_runtime.h").exists() and shutil.which(
-            "nvcc", path=str(Path(home) / "bin")
-        ):
+        if cuda_headers(home) and shutil.which("nvcc", path=str(Path(home) / "bin")):
             return str(home)
     return None
 
 
+def cuda_headers(home):
+    """The folder of cuda_runtime.h; some distributions keep one for each target."""
+    folders = [Path(home) / "include", *sorted(Path(home).glob("targets/*/include"))]
+    return next((str(f) for f in folders if (f / "cuda_runtime.h").exists()), None)
+
+
+def toolkit_version(home):
+    """As nvcc says, "13.0"."""
+    nvcc = str(Path(home) / "bin" / "nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else "unknown"
+
+
 def want_cuda(cuda_home, torch_cuda):
+    """Whether to compile the CUDA kernels; says why not, and fails if they were asked for."""
     mode = os.environ.get("ALS_CUDA", "auto").lower()
     if mode not in {"0", "1", "auto"}:
         sys.exit(f"ALS_CUDA: expected 0, 1 or auto, got {mode!r}")
-    if mode == "1" and (cuda_home is None or torch_cuda is None):
-        sys.exit(
-            f"ALS_CUDA=1 needs a CUDA toolkit (found: {cuda_home}) and a CUDA build of torch "
-            f"(torch.version.cuda: {torch_cuda}). Set CUDA_HOME to the toolkit's folder and run "
-            "'pip install --no-build-isolation .' in an environment with a CUDA torch."
-        )
-    return mode != "0" and cuda_home is not None and torch_cuda is not None
+    if mode == "0":
+        return False
+    version = None if cuda_home is None else toolkit_version(cuda_home)
+    # torch refuses to compile with a toolkit of another major version.
+    if version and torch_cuda and version.split(".")[0] == torch_cuda.split(".")[0]:
+        return True
+    toolkit = "none" if version is None else f"{version} in {cuda_home}"
+    reason = (
+        f"they need a CUDA toolkit (found: {toolkit}) and a torch built with the same major "
+        f"version of CUDA (torch.version.cuda: {torch_cuda}). Set CUDA_HOME to the toolkit's "
+        "folder and run 'pip install --no-build-isolation .' in an environment with that torch."
+    )
+    if mode == "1":
+        sys.exit(f"ALS_CUDA=1: cannot compile the CUDA kernels: {reason}")
+    print(f"als_ext: without CUDA kernels: {reason}", file=sys.stderr)
+    return False
 
 
 cuda_home = find_cuda_home()
@@ -67,6 +92,10 @@ host = [
     "-Wall",
     f"-fmacro-prefix-map={ROOT}/=",
 ]
+# The exact distances of csrc/knn forbid fused products. On x86-64 the sources see to that where
+# they are compiled for FMA; elsewhere every target has it.
+if platform.machine().lower() not in {"x86_64", "amd64"}:
+    host.append("-ffp-contract=off")
 
 
 class Build(BuildExtension):
@@ -106,7 +135,7 @@ if want_cuda(cuda_home, torch.version.cuda):
         CUDAExtension(
             "als_ext._cuda",
             cuda_sources,
-            include_dirs=list(includes),
+            include_dirs=[*includes, cuda_headers(cuda_home)],
             extra_compile_args={
                 "cxx": [*common, *host, "-DUSE_CUDA"],
                 "nvcc": [
