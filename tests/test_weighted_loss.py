@@ -570,3 +570,31 @@ def test_bad_input_is_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         weighted_loss(**{**arguments, **change})
+
+
+def test_losses_are_the_callers_unless_the_weights_need_a_gradient():
+    logits = torch.randn(5, 3, requires_grad=True)
+    target, weight = torch.tensor([0, 1, 2, 0, 1]), torch.ones(5)
+    total, losses = weighted_loss(logits, target, weight)
+    losses.clamp_(max=0.1)
+    total.backward()
+    plain_total = F.cross_entropy(logits, target, reduction="sum")
+    torch.testing.assert_close(logits.grad, torch.autograd.grad(plain_total, logits)[0])
+    total, losses = weighted_loss(logits, target, weight.requires_grad_())
+    losses.clamp_(max=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_a_tangent_is_refused_and_not_dropped():
+    logits, target = torch.randn(2, 3), torch.tensor([0, 1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones(2, 3))
+        for call in (
+            lambda: weighted_loss(dual, target, torch.ones(2)),
+            lambda: weighted_loss(logits, target, dual[:, 0]),
+            lambda: sample_loss(dual, target),
+        ):
+            with pytest.raises(RuntimeError, match="expected arguments without a tangent"):
+                call()
+        assert sample_loss(logits, target).shape == (2,)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
-
-Outputs = Tensor | tuple[Tensor, ...]
 
 
 def runs_eagerly() -> bool:
@@ -51,9 +50,21 @@ class DirectCall:
 
     def __call__(self, *arguments: Any, differentiable: bool) -> Any:
         """Call the operator; ``differentiable``: an argument requires a gradient."""
+        if forward_ad._current_level >= 0:
+            _check_no_tangent(arguments)
         if not runs_eagerly():
             return self.operator(*arguments)
         if differentiable and torch.is_grad_enabled():
             return self.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.operator(*arguments)
+
+
+def _check_no_tangent(arguments: tuple[Any, ...]) -> None:
+    """The operators have no forward-mode formula, and would drop a tangent without a word."""
+    for value in arguments:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                "als_ext: expected arguments without a tangent: the losses have no forward-mode "
+                "derivative (torch.autograd.forward_ad)"
+            )

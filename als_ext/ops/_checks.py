@@ -46,6 +46,13 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_type(name: str, value: object, *kinds: type) -> None:
+    """Check that a value is of one of the types."""
+    if not isinstance(value, kinds):
+        names = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name}: expected {names}, got {type(value).__name__}")
+
+
 def check_int(name: str, value: object, *, low: int, high: int | None = None) -> None:
     """Check an integer and its range (bounds included)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

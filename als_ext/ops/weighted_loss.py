@@ -148,7 +148,8 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     _, losses, grad = output
-    ctx.save_for_backward(losses, grad)
+    # Losses are the callers' to change, but for a gradient to the weights.
+    ctx.save_for_backward(losses if ctx.needs_input_grad[2] else None, grad)
     ctx.mark_non_differentiable(losses, grad)
     ctx.set_materialize_grads(False)
     ctx.inputs = inputs[0].dtype, inputs[8], inputs[9]
