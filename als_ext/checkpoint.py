@@ -116,7 +116,7 @@ def check_same_settings(
     """
     before, now = _flat(saved), _flat(current)
     different = [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        f"{key} was {_short(before.get(key))}, now {_short(now.get(key))}"
         for key in sorted((before.keys() | now.keys()) - ignore)
         if not _same(before.get(key), now.get(key))
     ]
@@ -124,6 +124,10 @@ def check_same_settings(
         raise ValueError(
             f"resume: expected the settings of the saved run, got {'; '.join(different)}"
         )
+
+
+def _short(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _same(before: Any, now: Any) -> bool:

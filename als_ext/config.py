@@ -9,7 +9,7 @@ from typing import Any
 
 from als_ext.augment import MODES as AUGMENT_MODES
 from als_ext.correction import CorrectionConfig
-from als_ext.ops._checks import check_choice, check_float, check_int
+from als_ext.ops._checks import check_choice, check_float, check_int, check_type
 from als_ext.runtime import AMP_MODES, half_cosine
 
 # What may change between a run and its resumption: none of it changes a result.
@@ -30,8 +30,9 @@ class TrainConfig:
         batch_size: samples a step, >= 1.
         lr: peak learning rate of the parameters, > 0.
         lr_schedule: "cosine" (``lr`` in the warm-up, then a half cosine to 0 over the other epochs)
-            or "constant". With "cosine", "als-lc" with epochs without labels has one half cosine
-            for these, one for the warm-up and one for the rest.
+            or "constant". Where the warm-up would take the whole run (which "als-lc" refuses) the
+            cosine falls in the second half of it. With "cosine", "als-lc" with epochs without
+            labels has one half cosine for these, one for the warm-up and one for the rest.
         weight_decay: L2 coefficient of the parameters, >= 0; 0 in epochs without labels.
         seed: seed of the order of the batches and of torch's global generators, >= 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -84,6 +85,13 @@ class TrainConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("method", "device"):
+            check_type(name, getattr(self, name), str)
+        for name in ("also", "settings"):
+            check_type(name, getattr(self, name), Mapping)
+        check_type("deterministic", self.deterministic, bool)
+        check_type("embedding", self.embedding, str, type(None))
+        check_type("correction", self.correction, CorrectionConfig)
         for name in ("epochs", "batch_size", "warmup", "period"):
             check_int(name, getattr(self, name), low=1)
         check_int("seed", self.seed, low=0, high=2**63 - 1)
@@ -112,10 +120,11 @@ class TrainConfig:
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0: a function, so there is no state to save."""
-        after = step - self.warmup * steps_per_epoch
+        warmup = self.warmup if self.warmup < self.epochs else self.epochs // 2
+        after = step - warmup * steps_per_epoch
         if self.lr_schedule == "constant" or after < 0:
             return self.lr
-        rest = (self.epochs - self.warmup) * steps_per_epoch
+        rest = (self.epochs - warmup) * steps_per_epoch
         return half_cosine(self.lr, after, rest)
 
     def to_dict(self) -> dict[str, Any]:

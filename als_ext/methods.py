@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ class Method(ABC):
         super().__init_subclass__(**arguments)
         if name is None:
             return
-        if name in METHODS:
+        # Running a notebook's cell again makes the same class again.
+        same = f"{cls.__module__}.{cls.__qualname__}"
+        if name in METHODS and f"{METHODS[name].__module__}.{METHODS[name].__qualname__}" != same:
             raise ValueError(f"name: expected one that is free, got {name!r} again")
         cls.name = name
         METHODS[name] = cls
@@ -224,10 +227,22 @@ class ERM(Method, name="erm"):
         return losses.detach()
 
 
+_OF_CONFIG = {"params", "n", "lr", "weight_decay"}  # arguments of ALSO
+
+
 class Also(Method, name="also"):
     """ALSO (arXiv 2508.16734): the loss of each sample weighted by the learned pi."""
 
     optimizer: ALSO
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """``also`` may hold what the config says nowhere else."""
+        super().check(config)
+        known = inspect.signature(ALSO).parameters.keys() - _OF_CONFIG
+        for name in config.also:
+            if name not in known:
+                raise ValueError(f"also: expected some of {', '.join(sorted(known))}, got {name!r}")
 
     def make_optimizer(self) -> Optimizer:
         """ALSO over all training samples."""

@@ -161,15 +161,15 @@ class Trainer:
             data: inputs [n, ...], a tensor or an array, which move to the device as a whole; or a
                 map-style Dataset whose items are x or start with x. Whether they are images is seen
                 by the first of them.
-            labels: integers [n] in [0, C), the labels to train on, right or wrong; None takes those of
-                the Dataset. They are copied.
+            labels: integers [n] in [0, C), the labels to train on, right or wrong; None takes those
+                of the Dataset. They are copied.
             test: inputs and labels, or a Dataset of (x, label), for the accuracy after each epoch.
             true_labels: integers [n], only to measure with; None where they are unknown.
             plain: for a Dataset with random augmentation, one of the same samples in the same order
                 without it: embeddings are taken from these.
-            clean: inputs [m, ...] and labels, integers [m], that are known to be right, for the methods
-                that need some; as a third element integers [m], their positions in the training set,
-                for those that need to know which they are.
+            clean: inputs [m, ...] and labels, integers [m], that are known to be right, for the
+                methods that need some; as a third element integers [m], their positions in the
+                training set, for those that need to know which they are.
             kept: integers [m], m >= 0, positions of samples whose labels no correction may change,
                 because a person decided them.
             resume: go on from ``out/checkpoint.pt``; without that file start from the beginning.
@@ -254,8 +254,7 @@ class Trainer:
         else:
             if plain is not None and len(plain) != n:  # type: ignore[arg-type]
                 raise ValueError(
-                    f"plain: expected the {n} samples of data in the same order, got "
-                    f"{len(plain)}"  # type: ignore[arg-type]
+                    f"plain: expected the {n} samples of data in the same order, got {len(plain)}"  # type: ignore[arg-type]
                 )
             self._inputs = data if plain is None else plain
             self._batches = LoaderBatches(

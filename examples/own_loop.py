@@ -31,7 +31,7 @@ for epoch in range(EPOCHS):
     if epoch >= WARMUP and (epoch - WARMUP) % PERIOD == 0:
         optimizer.eval()  # theta itself, not the half point that it trains at
         with torch.no_grad():
-            result = corrector.step(body(x), scores=optimizer.weights.log_pi(), epoch=epoch)
+            result = corrector.step(body(x), scores=optimizer.weights.scores(), epoch=epoch)
         optimizer.train()
         train_set.set_labels(result.new_label)
         optimizer.weights.reset_(result.changed.nonzero()[:, 0])  # their past is the old label's

@@ -7,7 +7,7 @@ import pytest
 from blobs import blobs, train
 
 from als_ext import TrainConfig, Trainer, baselines
-from als_ext.methods import METHODS, Method
+from als_ext.methods import ERM, METHODS, Method
 from als_ext.models import MLP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,6 +28,14 @@ def test_each_baseline_has_its_section_in_alphabetical_order():
 def test_a_name_cannot_be_taken_twice():
     with pytest.raises(ValueError, match="'gce' again"):
         type(Method)("Again", (Method,), {}, name="gce")
+
+
+def test_a_notebooks_cell_may_run_twice(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", None)  # takes it out in the end
+    del METHODS["mine"]
+    for _ in range(2):
+        mine = type(Method)("Mine", (ERM,), {"__module__": "__main__"}, name="mine")
+        assert METHODS["mine"] is mine
 
 
 def test_settings_of_another_method_are_refused():

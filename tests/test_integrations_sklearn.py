@@ -171,7 +171,7 @@ def test_errors_name_the_argument():
         LabelCorrection().fit(x, np.full(50, "cat"))
     with pytest.raises(ValueError, match="method"):
         small(method="none-such").fit(x, given)
-    with pytest.raises(ValueError, match="method: expected one that trains .* 'knn-floor'"):
+    with pytest.raises(ValueError, match=r"method: expected one that trains .* 'knn-floor'"):
         small(method="knn-floor").fit(x, given)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         LabelCorrection().fit(x, given[:-1])

@@ -203,6 +203,18 @@ def test_random_augmentation_resumes_exactly(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_prior_is_part_of_the_settings(tmp_path):
+    prior = torch.arange(1.0, N + 1)
+    fit(trainer(tmp_path / "whole", also={"prior": prior}))
+    killed_at(trainer(tmp_path / "broken", also={"prior": prior}), 17)
+    with pytest.raises(ValueError, match=r"resume: .*also\.prior was a tensor .150., now a tensor"):
+        fit(trainer(tmp_path / "broken", also={"prior": prior + 1}), resume=True)
+    with pytest.raises(ValueError, match=r"resume: .*also\.prior was a tensor .*, now None"):
+        fit(trainer(tmp_path / "broken"), resume=True)
+    fit(trainer(tmp_path / "broken", also={"prior": prior.clone()}), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_a_finished_run_resumes_to_its_result_without_a_step(tmp_path):
     first = fit(trainer(tmp_path / "run"))
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()

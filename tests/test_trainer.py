@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from als_ext import LabelCorrector, TrainConfig, Trainer
 from als_ext.embedding import make_embedder
-from als_ext.methods import METHODS, Method
+from als_ext.methods import ERM, METHODS, Method
 from als_ext.metrics import FIELDS, MetricsWriter, label_metrics
 from als_ext.models import MLP, SmallCNN, build_model
 from als_ext.progress import ProgressBar
@@ -461,6 +461,13 @@ def test_progress_shows_on_a_terminal_and_is_silent_elsewhere(capsys, monkeypatc
         ({"checkpoint_steps": 0}, ValueError, "checkpoint_steps"),
         ({"checkpoint_seconds": 0.0}, ValueError, "checkpoint_seconds"),
         ({"num_workers": -1}, ValueError, "num_workers"),
+        ({"deterministic": "no"}, TypeError, "deterministic: expected bool, got str"),
+        ({"device": None}, TypeError, "device: expected str, got NoneType"),
+        ({"method": ERM}, TypeError, "method: expected str, got ABCMeta"),
+        ({"embedding": 3}, TypeError, "embedding: expected str or None, got int"),
+        ({"also": ["pi_lr"]}, TypeError, "also: expected Mapping, got list"),
+        ({"settings": None}, TypeError, "settings: expected Mapping, got NoneType"),
+        ({"correction": {"k": 5}}, TypeError, "correction: expected CorrectionConfig, got dict"),
     ],
 )
 def test_settings_are_checked(settings, error, message):
@@ -474,6 +481,8 @@ def test_settings_are_checked(settings, error, message):
         ({"method": "sgd"}, "method: expected one of 'erm', 'also'.*'als-lc'.*got 'sgd'"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
         ({"device": "mps"}, "device: expected auto, cpu or cuda"),
+        ({"method": "also", "also": {"pi_l": 1}}, "also: expected some of .*pi_lr.*, got 'pi_l'"),
+        ({"method": "also", "also": {"lr": 0.1}}, "also: expected some of .*, got 'lr'"),
     ],
 )
 def test_unknown_choices_are_refused(settings, message):
@@ -495,12 +504,44 @@ def test_a_warmup_of_the_whole_run_is_refused():
         ({"true_labels": torch.tensor([0, 1])}, "true_labels: expected 3 labels, got 2"),
         ({"test": (torch.zeros(2, 2), torch.zeros(3, dtype=torch.int64))}, "test labels"),
         ({"resume": True}, "resume: expected a folder"),
+        ({"kept": torch.tensor([3])}, r"kept: expected values in \[0, 3\), got 3 at 0"),
+        ({"kept": torch.tensor([1, 1])}, "kept: expected distinct positions"),
+        (
+            {"plain": TensorDataset(torch.zeros(3, 2))},
+            "plain: expected None where data is a tensor",
+        ),
     ],
 )
 def test_data_that_does_not_fit_is_refused(change, message):
     arguments = {"labels": torch.tensor([0, 1, 2]), **change}
     with pytest.raises(ValueError, match=message):
         Trainer(net(), config(), num_classes=CLASSES).fit(torch.zeros(3, 2), **arguments)
+
+
+def test_a_plain_set_of_another_length_and_inputs_of_another_type_are_refused():
+    x, y = torch.zeros(3, 2), torch.tensor([0, 1, 2])
+    trainer = Trainer(net(), config(), num_classes=CLASSES)
+    with pytest.raises(ValueError, match=r"plain: expected the 3 samples of data .*, got 2"):
+        trainer.fit(TensorDataset(x), y, plain=TensorDataset(x[:2]))
+    with pytest.raises(TypeError, match="test inputs: expected a tensor or an array, got list"):
+        trainer.fit(x, y, test=([[0.0, 0.0]] * 3, y))
+
+
+def test_nothing_kept_is_as_good_as_none():
+    x, given, _ = blobs(n=60)
+    labels = []
+    for kept in (None, torch.tensor([], dtype=torch.int64)):
+        trainer = Trainer(net(), config("als-lc", epochs=3), num_classes=CLASSES)
+        labels.append(trainer.fit(x, given, kept=kept).labels)
+    assert torch.equal(*labels)
+
+
+def test_the_rate_falls_in_short_runs_too():
+    whole = config(epochs=10, warmup=4)
+    assert [whole.lr_at(step, 1) for step in (0, 3, 4)] == [whole.lr] * 3
+    assert 0 < whole.lr_at(9, 1) < 0.1 * whole.lr
+    short = config(epochs=4, warmup=4)
+    assert [short.lr_at(step, 1) / short.lr for step in range(4)] == pytest.approx([1, 1, 1, 0.5])
 
 
 @pytest.mark.parametrize(

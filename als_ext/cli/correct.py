@@ -58,11 +58,11 @@ def correct(
         given,
         None if scores is None else np.array(_mapped("scores", scores)),
         num_classes=num_classes,
-        k=k if k == "auto" else _number("k", k, int),
+        k=k if k == "auto" else _number("k", k, int, "auto or a whole number"),
         metric=metric,
         suspects=suspects
         if suspects in {"auto", "score"}
-        else _number("suspects", suspects, float),
+        else _number("suspects", suspects, float, "auto, score or a share"),
         voters=voters,
         min_share=min_share,
         min_margin=min_margin,
@@ -88,11 +88,11 @@ def _print(result: CorrectionResult[Any], out: Path, json: bool) -> None:
     )
 
 
-def _number(name: str, text: str, kind: type[int] | type[float]) -> Any:
+def _number(name: str, text: str, kind: type[int] | type[float], expected: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{name}: expected auto or a number, got {text!r}") from None
+        raise ValueError(f"{name}: expected {expected}, got {text!r}") from None
 
 
 def _mapped(name: str, path: Path) -> npt.NDArray[Any]:

@@ -25,6 +25,7 @@ from als_ext.cli.training import (
     make_trainer,
     use_threads,
 )
+from als_ext.compare.grid import from_anywhere
 from als_ext.data import write_labels
 from als_ext.io import atomic_write_text, remove_left_overs
 from als_ext.ops._checks import check_int
@@ -97,9 +98,9 @@ def run(
     """Train on wrong labels and correct them; without any option on bundled digits, in seconds."""
     names = None if method is None else [m.strip() for words in method for m in words.split(",")]
     given = {
-        "dataset": dataset,
+        "dataset": None if dataset is None else from_anywhere(dataset),
         "data_dir": None if data_dir is None else str(data_dir.resolve()),
-        "noise": noise,
+        "noise": None if noise is None else from_anywhere(noise),
         "labels": None if labels is None else str(labels.resolve()),
         "decisions": None if decisions is None else [str(path.resolve()) for path in decisions],
         "method": names,

@@ -13,16 +13,10 @@ from typing import Any
 from als_ext.checkpoint import check_same_settings
 from als_ext.data import parse_noise
 from als_ext.data.download import SOURCES
-from als_ext.ops._checks import check_int
+from als_ext.ops._checks import check_int, check_type
 
 AXES = ("datasets", "noises", "methods")  # of a grid, in the order of a cell's names
 DATASET_KINDS = ("digits", *SOURCES, "npz:FILE", "folder:DIR")
-
-
-def check_type(name: str, value: object, kind: type) -> None:
-    """Refuse a value of a file that has another type, by TypeError."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
 
 
 def slug(*names: str) -> str:
@@ -188,6 +182,12 @@ def make_grid(
     return Grid(datasets, noises, methods, settings, tuple(dict.fromkeys(cells)))
 
 
+def from_anywhere(spec: str) -> str:
+    """A data set's or a noise's specification, with the whole path where it holds one."""
+    kind, _, rest = spec.partition(":")
+    return f"{kind}:{Path(rest).resolve()}" if kind in {"npz", "folder", "file"} and rest else spec
+
+
 def named_datasets(specs: Sequence[str]) -> dict[str, str]:
     """Names without folders, and specifications with absolute ones.
 
@@ -203,7 +203,7 @@ def named_datasets(specs: Sequence[str]) -> dict[str, str]:
             path = Path(rest).resolve()
             if not path.exists():
                 raise FileNotFoundError(f"dataset: expected a file or folder, got none at {rest}")
-            name, spec = f"{kind}:{path.name}", f"{kind}:{path}"
+            name, spec = f"{kind}:{path.name}", from_anywhere(spec)
         elif spec not in DATASET_KINDS[:-2]:
             raise ValueError(f"dataset: expected {', '.join(DATASET_KINDS)}, got {spec!r}")
         _add_new("dataset", found, name, spec)
@@ -220,7 +220,7 @@ def named_noises(specs: Sequence[str]) -> dict[str, str]:
             path = Path(parsed.path).resolve()
             if not path.is_file():
                 raise FileNotFoundError(f"noise: expected a file, got none at {parsed.path}")
-            name, spec = f"file:{path.name}", f"file:{path}"
+            name, spec = f"file:{path.name}", from_anywhere(spec)
         _add_new("noise", found, name, spec)
     return found
 

@@ -9,8 +9,9 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-from als_ext.compare.grid import Cell, Grid, check_type
+from als_ext.compare.grid import Cell, Grid
 from als_ext.io import atomic_write_text, remove_left_overs
+from als_ext.ops._checks import check_type
 
 try:
     import fcntl

@@ -66,7 +66,7 @@ def correct_labels(
             included. Used as float32. One row a sample; ``metric`` "cosine" ignores their lengths.
         labels: [n] integers in [0, num_classes), torch or numpy.
         scores: [n] finite real numbers, the higher the more suspect (a mean loss,
-            :meth:`als_ext.SampleWeights.log_pi`); only their order counts. None: the suspects come
+            :meth:`als_ext.SampleWeights.scores`); only their order counts. None: the suspects come
             from the neighbours alone.
         num_classes: number of classes, >= 1; None: the highest label + 1. Classes that nobody was
             given cost memory alone, 8 times the square of this.

@@ -275,7 +275,8 @@ class LabelCorrector:
 
         Args:
             index: None: the last step that was not undone; labels that something else has changed
-                since stay, and so do those that were pinned before. An int or integers, torch or numpy, positions in [0, n): these samples.
+                since stay, and so do pinned ones. An int or integers, torch or numpy, positions in
+                [0, n): these samples.
             pin: whether these samples keep their labels in all later steps.
 
         Returns:

@@ -77,9 +77,7 @@ def as_labels(
     return torch.from_numpy(array.astype(np.int64))
 
 
-def as_positions(
-    index: Tensor | npt.NDArray[np.integer], n: int, *, name: str = "index"
-) -> Tensor:
+def as_positions(index: Tensor | npt.NDArray[np.integer], n: int, *, name: str = "index") -> Tensor:
     """Check positions of distinct samples and return them as a new ``int64`` CPU tensor.
 
     Args:

@@ -111,10 +111,11 @@ class ALSO(Optimizer):
         amsgrad: use the largest second moment so far.
         mode: "optimistic" or "descent-ascent".
         alpha: factor of the previous gradient in the model's half step, >= 0.
-        pi_lr: step size of the weights, > 0.
-        pi_decay: strength of the pull towards ``prior``, >= 0.
+        pi_lr: :math:`\gamma`, step size of the weights, in [0, 1e6].
+        pi_decay: :math:`\lambda`, strength of the pull towards ``prior``, in [0, 1e6].
         prior: [n] :math:`\hat\pi` up to a factor, > 0, or None for uniform.
-        temperature: T of the softmax that the weights go through at each step, > 0.
+        temperature: T of the softmax that the weights go through at each step, above
+            :math:`1 / (1 + \lambda\gamma)`; 1 is always allowed.
         direction: "max": samples of high loss gain weight; "min": they lose weight.
         loss_scale: factor of :math:`\pi_i` in the loss, > 0; None for n / batch size, with which
             uniform weights give the mean loss.
@@ -185,6 +186,9 @@ class ALSO(Optimizer):
         check_choice("mode", mode, MODES)
         if loss_scale is not None:
             check_float("loss_scale", loss_scale, low=0.0, open_low=True)
+        # SampleWeights would name them lr, which is another one here, and decay.
+        check_float("pi_lr", pi_lr, low=0.0, high=1e6)
+        check_float("pi_decay", pi_decay, low=0.0, high=1e6)
         self.mode = mode
         self.loss_scale = loss_scale
         self.training = True
