@@ -301,7 +301,7 @@ class Trainer:
             self._identity["kept sha256"] = labels_digest(decided)
 
     def _check_clean(
-        self, clean: tuple[Tensor, ...] | None, n: int
+        self, clean: tuple[Array, ...] | None, n: int
     ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
         """Inputs and labels of the clean samples, and their positions, on the device."""
         if self._kind.needs_clean and (clean is None or not len(clean[0])):

@@ -62,8 +62,9 @@ class DirectCall:
 
 def _check_no_tangent(arguments: tuple[Any, ...]) -> None:
     """The operators have no forward-mode formula, and would drop a tangent without a word."""
+    unpack: Any = forward_ad.unpack_dual
     for value in arguments:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+        if isinstance(value, Tensor) and unpack(value).tangent is not None:
             raise RuntimeError(
                 "als_ext: expected arguments without a tangent: the losses have no forward-mode "
                 "derivative (torch.autograd.forward_ad)"
