@@ -32,8 +32,10 @@ void search(const Tensor& query, const Tensor& database, const Request& request,
   const int64_t part = database.is_cuda()
                            ? KnnCudaPlan::resident_rows(rows, dim)
                            : KnnCudaPlan::part_rows(rows, dim, row_bytes, staging_bytes());
+  const int64_t span_bytes =
+      database.is_cuda() ? KnnCudaPlan::kSpanBytes : KnnCudaPlan::kSpanBytesStaged;
   const int blocks = knn_hopper_blocks();
-  const KnnCudaPlan plan = KnnCudaPlan::of(x.rows, part, dim, blocks);
+  const KnnCudaPlan plan = KnnCudaPlan::of(x.rows, part, dim, span_bytes, blocks);
   // Freed to the stream-ordered allocator at the end of the call.
   const Tensor workspace = empty_on(query, {KnnCudaMemory::of(plan, 0).bytes}, ScalarType::Byte);
   const auto start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());

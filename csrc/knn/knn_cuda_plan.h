@@ -10,8 +10,10 @@ namespace als {
 struct KnnCudaPlan {
   static constexpr int64_t kChunkBytes = int64_t{40} << 20;  // database tiles packed in bf16
   static constexpr int64_t kFloatBytes = int64_t{24} << 20;  // and in float32
-  static constexpr int64_t kSpanBytes = int64_t{144} << 20;  // packed queries, their group maxima
-  static constexpr int64_t kSumBytes = int64_t{16} << 20;    // column sums of the parts
+  // Packed queries, their group maxima. Beside a database from the host there are its buffers.
+  static constexpr int64_t kSpanBytes = int64_t{144} << 20;
+  static constexpr int64_t kSpanBytesStaged = int64_t{128} << 20;
+  static constexpr int64_t kSumBytes = int64_t{16} << 20;  // column sums of the parts
 
   int64_t dim;
   int64_t tile_bytes;   // of a tile in bf16
@@ -23,7 +25,8 @@ struct KnnCudaPlan {
   int64_t sums;         // most parts of the column sums
 
   // `blocks`: of the Hopper kernel's grid; 0 for the other.
-  static KnnCudaPlan of(int64_t queries, int64_t rows, int64_t dim, int64_t blocks = 0) {
+  static KnnCudaPlan of(int64_t queries, int64_t rows, int64_t dim, int64_t span_bytes = kSpanBytes,
+                        int64_t blocks = 0) {
     KnnCudaPlan p{};
     p.dim = dim;
     p.tile_bytes = knn_slabs(dim) * kKnnSlabBytes;
@@ -36,14 +39,15 @@ struct KnnCudaPlan {
     p.float_chunk = std::clamp<int64_t>(kFloatBytes / (4 * p.float_tile()), 1, tiles);
     const int64_t query_bytes = 4 * p.groups + 4 * p.depth + p.tile_bytes / kKnnTile +
                                 static_cast<int64_t>(sizeof(KnnQuery) + sizeof(KnnBound) + 4);
-    const int64_t most = kSpanBytes / query_bytes;
+    const int64_t most = span_bytes / query_bytes;
     p.span = std::clamp<int64_t>(most, 1, queries);
     if (ceil_div(queries, kKnnTile) * kKnnTile <= most) return p;
     for (const int64_t whole : {2 * kKnnTile, kKnnTile}) {  // two tiles are what a block has
       if (p.span > whole) p.span = p.span / whole * whole;
     }
     if (blocks > 0 && p.span > 2 * kKnnTile) {
-      p.span = even_pairs(p.span / (2 * kKnnTile), std::min(tiles, p.chunk), blocks) * 2 * kKnnTile;
+      const int64_t pairs = ceil_div(queries, 2 * kKnnTile), fit = p.span / (2 * kKnnTile);
+      p.span = even_pairs(pairs, fit, std::min(tiles, p.chunk), blocks) * 2 * kKnnTile;
     }
     return p;
   }
@@ -68,12 +72,17 @@ struct KnnCudaPlan {
     }
   };
 
-  // Pairs of query tiles for a span, of at most so many, that leave the fewest blocks idle.
-  static int64_t even_pairs(int64_t most, int64_t tiles, int64_t blocks) {
-    int64_t best = most, time = Shares::of(most, tiles, blocks).time;
+  // Pairs of query tiles for a span, of at most `most`, that serve all pairs the soonest.
+  static int64_t even_pairs(int64_t all, int64_t most, int64_t tiles, int64_t blocks) {
+    constexpr int64_t kSpan = 8;  // tiles that would be multiplied while a span begins and ends
+    const auto time = [=](int64_t pairs) {
+      const int64_t rest = all % pairs;
+      const int64_t last = rest > 0 ? Shares::of(rest, tiles, blocks).time + kSpan : 0;
+      return all / pairs * (Shares::of(pairs, tiles, blocks).time + kSpan) + last;
+    };
+    int64_t best = most, least = time(most);
     for (int64_t pairs = most - 1; 4 * pairs >= 3 * most; --pairs) {
-      const int64_t other = Shares::of(pairs, tiles, blocks).time;
-      if (other * best < time * pairs) best = pairs, time = other;
+      if (const int64_t other = time(pairs); other < least) best = pairs, least = other;
     }
     return best;
   }

@@ -27,9 +27,15 @@ ALS_INLINE void load(const float* p, Vec8d& v) {
   v = __builtin_convertvector(f, Vec8d);
 }
 
-// A product that no compiler may fuse with the sum it goes into: AVX-512 brings FMA with it. The
-// other levels are compiled for targets without FMA.
-ALS_INLINE void unfused(Vec4d&) {}
+// A product that no compiler may fuse with the sum it goes into: AVX-512 brings FMA with it, and so
+// does a build for one processor (-march). Else the other levels are compiled without FMA.
+ALS_INLINE void unfused(Vec4d& product) {
+#if defined(__x86_64__) && defined(__FMA__)
+  asm("" : "+x"(product));
+#else
+  (void)product;
+#endif
+}
 ALS_INLINE void unfused(Vec8d& product) {
 #if defined(__x86_64__)
   asm("" : "+v"(product));
