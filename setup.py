@@ -32,15 +32,19 @@ def find_cuda_home():
 
 def cuda_headers(home):
     """The folder of cuda_runtime.h; some distributions keep one for each target."""
-    folders = [Path(home) / "include", *sorted(Path(home).glob("targets/*/include"))]
+    machine = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
+    folders = [Path(home) / "include", Path(home) / "targets" / f"{machine}-linux" / "include"]
     return next((str(f) for f in folders if (f / "cuda_runtime.h").exists()), None)
 
 
 def toolkit_version(home):
     """As nvcc says, "13.0"."""
     nvcc = str(Path(home) / "bin" / "nvcc")
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release (\d+\.\d+)", said)
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    except OSError:  # of another machine
+        return "unknown"
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
     return found[1] if found else "unknown"
 
 

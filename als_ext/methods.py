@@ -94,6 +94,7 @@ class Method(ABC):
     trains: ClassVar[bool] = True  # whether there are steps; without, an epoch is after_epoch alone
     needs_clean: ClassVar[bool] = False  # whether it needs samples whose labels are known
     takes_clean: ClassVar[bool] = False  # whether it uses them where there are some
+    takes_also: ClassVar[bool] = False  # whether it is for ``TrainConfig.also``
     augments: ClassVar[bool] = False  # whether it trains on random views unless told otherwise
     Settings: ClassVar[type[Any]] = NoSettings
 
@@ -125,6 +126,10 @@ class Method(ABC):
                     f"({', '.join(sorted(known)) or 'it has none'}), got {setting!r}"
                 )
         cls.Settings(**config.settings)
+        if config.also and not cls.takes_also:
+            raise ValueError(
+                f"also: expected none for {cls.name}, which has no ALSO, got {dict(config.also)}"
+            )
 
     def epochs(self) -> int:
         """Epochs of the whole run; more than ``config.epochs`` where it trains more than once."""
@@ -227,19 +232,21 @@ class ERM(Method, name="erm"):
         return losses.detach()
 
 
-_OF_CONFIG = {"params", "n", "lr", "weight_decay"}  # arguments of ALSO
+# Arguments of ALSO that the config has elsewhere, or that are for several processes.
+_NOT_ALSO = {"params", "n", "lr", "weight_decay", "group", "batch_size", "repeats"}
 
 
 class Also(Method, name="also"):
     """ALSO (arXiv 2508.16734): the loss of each sample weighted by the learned pi."""
 
+    takes_also = True
     optimizer: ALSO
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:
         """``also`` may hold what the config says nowhere else."""
         super().check(config)
-        known = inspect.signature(ALSO).parameters.keys() - _OF_CONFIG
+        known = inspect.signature(ALSO).parameters.keys() - _NOT_ALSO
         for name in config.also:
             if name not in known:
                 raise ValueError(f"also: expected some of {', '.join(sorted(known))}, got {name!r}")

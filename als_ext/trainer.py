@@ -48,9 +48,12 @@ _SAVED = (  # in a checkpoint
 
 
 def _tensor(name: str, value: Array) -> Tensor:
-    """A tensor that shares the memory of an array; of a read-only one, a copy."""
+    """A tensor that shares an array's memory; a copy of a read-only one and of float64."""
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+        if value.dtype.kind not in "iufb":
+            raise TypeError(f"{name}: expected numbers, got dtype {value.dtype}")
+        dtype = np.float32 if value.dtype == np.float64 else value.dtype.newbyteorder("=")
+        return torch.from_numpy(np.require(value, dtype=dtype, requirements=["C", "W"]))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor or an array, got {type(value).__name__}")
     return value
@@ -158,9 +161,9 @@ class Trainer:
         """Train for ``config.epochs`` epochs; more where the method says so.
 
         Args:
-            data: inputs [n, ...], a tensor or an array, which move to the device as a whole; or a
-                map-style Dataset whose items are x or start with x. Whether they are images is seen
-                by the first of them.
+            data: inputs [n, ...], a tensor or an array (one of float64 as float32), which move to
+                the device as a whole; or a map-style Dataset whose items are x or start with x.
+                Whether they are images is seen by the first of them.
             labels: integers [n] in [0, C), the labels to train on, right or wrong; None takes those
                 of the Dataset. They are copied.
             test: inputs and labels, or a Dataset of (x, label), for the accuracy after each epoch.
@@ -272,7 +275,7 @@ class Trainer:
         self._test = test
         known, positions = self._check_clean(clean, n)
         decided = None if kept is None or not len(kept) else as_positions(kept, n, name="kept")
-        images = self._are_images()
+        images = self._are_images(data)
         augment = config.augment
         if augment == "auto":
             augment = "shift" if images and self._kind.augments else "none"
@@ -295,6 +298,7 @@ class Trainer:
         self._history: list[Record] = []
         self._elapsed = 0.0  # seconds of the runs that this one resumes
         self._identity = {"samples": n, "labels sha256": labels_digest(self._given)}
+        self._identity["epochs in all"] = self._method.epochs()
         if known is not None:
             self._identity["clean labels sha256"] = labels_digest(known[1])
         if decided is not None:
@@ -327,14 +331,18 @@ class Trainer:
             raise ValueError(f"clean positions: expected {len(x)}, got {len(positions)}")
         return known, positions.to(self.device)
 
-    def _are_images(self) -> bool:
-        """Whether the samples are images that can be moved about, by the first of them."""
-        if isinstance(self._inputs, tuple):
-            return are_images(self._inputs[0])
+    def _are_images(self, data: Tensor | Dataset[Any]) -> bool:
+        """Whether the samples are images that can be moved about, by the first of them.
+
+        Of a Dataset it is asked only for a method that wants to know, and as it will be asked for
+        all: in the workers, in which it may open its files.
+        """
+        if isinstance(data, Tensor):
+            return are_images(data)
+        if not self._kind.augments:
+            return False
         with reproducible(self.config.seed, self.device, self.config.deterministic):  # it may draw
-            item = self._inputs[0]
-        x = item[0] if isinstance(item, (tuple, list)) else item
-        return isinstance(x, Tensor) and are_images(x[None])
+            return all(are_images(x) for x, *_ in self._eval_batches(Subset(data, [0])))
 
     def _open(self, resume: bool) -> dict[str, Any] | None:
         """Check and make the folder; the checkpoint to go on from, if there is one."""

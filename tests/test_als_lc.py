@@ -72,7 +72,7 @@ def partners_nearer(model, x):
     return float((cosine < partner[:, None]).double().mean())
 
 
-@pytest.mark.parametrize("kind", [lambda x: x.numpy(), TensorDataset])
+@pytest.mark.parametrize("kind", [lambda x: x.numpy(), TensorDataset, lambda x: list(x.numpy())])
 def test_images_are_images_whatever_they_come_in(kind):
     x, given, true = digits()
     one, other = trainer(), trainer()

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,6 +354,27 @@ def test_resume_takes_the_saved_settings_and_refuses_others(capsys, tmp_path):
     )
     assert "epochs was 3, now 9; method was ['als-lc'], now ['erm']; seed was 4, now 5" in message
     assert files_of(out) == before
+
+
+def test_a_run_is_resumed_from_any_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    np.savez("mine.npz", x=(rng.standard_normal((90, 4)) + 4 * y[:, None]).astype("f4"), y=y)
+    np.save("store", np.roll(y, 1))
+    Path("wrong.npy").symlink_to("store.npy")
+    words = ["--dataset", "npz:mine.npz", "--noise", "file:wrong.npy", *SHORT, "--method", "erm"]
+    first = result_of(capsys, *words, "--out", "run")
+    assert (first["dataset"], first["noise"]) == ("npz:mine.npz", "file:wrong.npy")
+    file = tmp_path / "run" / "run.json"
+    assert str(tmp_path / "mine.npz") in file.read_text()
+    assert result_of(capsys, *words, "--out", "run", "--resume") == first
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert result_of(capsys, "--out", "../run", "--resume") == first
+    monkeypatch.chdir("..")
+    file.write_text(file.read_text().replace(f"{tmp_path}/", ""))  # as an earlier version did
+    assert result_of(capsys, *words, "--out", "run", "--resume") == first
 
 
 def test_resume_refuses_a_damaged_checkpoint_and_one_of_another_shape(capsys, tmp_path):

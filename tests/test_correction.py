@@ -440,13 +440,34 @@ def test_small_classes_have_small_neighbourhoods():
     assert neighbourhoods(30, (20, 50), 2400, 10) == (15, (15, 15))
 
 
-def test_gaps_in_the_ids_of_classes_change_nothing():
-    x, truth = blobs(1500, 3)
-    given = symmetric(truth, 0.3, 3)
-    near, far = correct_labels(x, given), correct_labels(x, given * 50)
-    assert far.k == near.k == 20
-    assert torch.equal(far.new_label, near.new_label * 50)
-    assert (near.new_label == truth).double().mean() > 0.99
+@pytest.mark.parametrize("options", [{}, {"suspects": 0.4, "scores": torch.arange(1500.0)}])
+def test_gaps_in_the_ids_of_classes_change_nothing(options):
+    x, truth = blobs(1500, 5, spread=2.5)
+    given = symmetric(truth, 0.4, 5)
+    near = correct_labels(x, given, **options)
+    far = correct_labels(x, given * 50 + 7, num_classes=300, **options)
+    assert 0.02 < (near.new_label != truth).double().mean() < 0.5, "not a toy"
+    for name in ("suspect", "changed", "share", "margin", "log_odds", "k", "survival"):
+        assert_equal(getattr(far, name), getattr(near, name))
+    for name in ("old_label", "new_label", "winner", "guess"):
+        value = getattr(near, name)
+        assert_equal(getattr(far, name), value if value is None else value * 50 + 7)
+    at = torch.arange(5) * 50 + 7
+    assert torch.equal(far.channel[at[:, None], at], near.channel)
+    torch.testing.assert_close(far.channel.sum(1), torch.ones(300))
+
+
+def assert_equal(one, other):
+    assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_a_label_that_somebody_else_gave_may_be_of_an_absent_class():
+    x, truth = blobs(600, 3)
+    corrector = LabelCorrector(truth, num_classes=5)
+    corrector.step(x, guess=torch.where(torch.arange(600) < 20, 4, truth))
+    result = corrector.step(x)
+    assert torch.equal(result.new_label, truth)
+    assert result.channel.shape == (5, 5)
 
 
 def test_blocks_do_not_show(monkeypatch):

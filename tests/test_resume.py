@@ -203,6 +203,15 @@ def test_random_augmentation_resumes_exactly(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_run_of_other_stages_is_refused(tmp_path):
+    killed_at(trainer(tmp_path / "run"), 17)
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    saved["data"]["epochs in all"] = 4
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", saved)
+    with pytest.raises(ValueError, match=r"resume: .*epochs in all was 4, now 5"):
+        fit(trainer(tmp_path / "run"), resume=True)
+
+
 def test_a_prior_is_part_of_the_settings(tmp_path):
     prior = torch.arange(1.0, N + 1)
     fit(trainer(tmp_path / "whole", also={"prior": prior}))

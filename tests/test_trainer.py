@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -483,6 +484,8 @@ def test_settings_are_checked(settings, error, message):
         ({"device": "mps"}, "device: expected auto, cpu or cuda"),
         ({"method": "also", "also": {"pi_l": 1}}, "also: expected some of .*pi_lr.*, got 'pi_l'"),
         ({"method": "also", "also": {"lr": 0.1}}, "also: expected some of .*, got 'lr'"),
+        ({"method": "als-lc", "also": {"group": None}}, "also: expected some of .*, got 'group'"),
+        ({"method": "erm", "also": {"alpha": 0.5}}, "also: expected none for erm, .*'alpha': 0.5"),
     ],
 )
 def test_unknown_choices_are_refused(settings, message):
@@ -525,6 +528,39 @@ def test_a_plain_set_of_another_length_and_inputs_of_another_type_are_refused():
         trainer.fit(TensorDataset(x), y, plain=TensorDataset(x[:2]))
     with pytest.raises(TypeError, match="test inputs: expected a tensor or an array, got list"):
         trainer.fit(x, y, test=([[0.0, 0.0]] * 3, y))
+
+
+def test_arrays_of_any_floats_are_inputs():
+    x, given, true = blobs(n=60)
+    _, expected = fit("erm", x=x, given=given, true=true, epochs=1)
+    for array in (x.numpy().astype(float), x.numpy().astype(">f4"), x.numpy()[::-1][::-1]):
+        trainer = Trainer(net(), config("erm", epochs=1), num_classes=CLASSES)
+        assert torch.equal(trainer.fit(array, given.numpy()).losses, expected.losses)
+    with pytest.raises(TypeError, match="data: expected numbers, got dtype object"):
+        trainer.fit(x.numpy().astype(object), given)
+
+
+class Once(Dataset):
+    """Counts the processes that read items."""
+
+    def __init__(self, x):
+        self.x, self.readers = x, set()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, at):
+        self.readers.add(os.getpid())
+        return self.x[at].numpy()
+
+
+@pytest.mark.parametrize("method", ["erm", "als-lc"])
+def test_items_are_read_by_the_workers_alone(method):
+    x, given, _ = blobs(n=60)
+    source = Once(x)
+    trainer = Trainer(net(), config(method, epochs=3, num_workers=1), num_classes=CLASSES)
+    trainer.fit(source, given)
+    assert source.readers == set()
 
 
 def test_nothing_kept_is_as_good_as_none():

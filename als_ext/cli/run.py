@@ -99,10 +99,10 @@ def run(
     names = None if method is None else [m.strip() for words in method for m in words.split(",")]
     given = {
         "dataset": None if dataset is None else from_anywhere(dataset),
-        "data_dir": None if data_dir is None else str(data_dir.resolve()),
+        "data_dir": None if data_dir is None else str(data_dir.absolute()),
         "noise": None if noise is None else from_anywhere(noise),
-        "labels": None if labels is None else str(labels.resolve()),
-        "decisions": None if decisions is None else [str(path.resolve()) for path in decisions],
+        "labels": None if labels is None else str(labels.absolute()),
+        "decisions": None if decisions is None else [str(path.absolute()) for path in decisions],
         "method": names,
         "setting": setting,
         "clean_per_class": clean_per_class,
@@ -189,7 +189,11 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
         raise ValueError(f"resume: {file} is damaged ({type(error).__name__})") from error
     if not isinstance(saved, dict):
         raise ValueError(f"resume: {file} is damaged: expected settings by name")
-    check_same_settings({name: saved.get(name) for name in given}, given)
+    before = {name: saved.get(name) for name in given}
+    for name in ("dataset", "noise"):  # 0.1.0 of before wrote paths as they were given
+        if isinstance(before.get(name), str):
+            before[name] = from_anywhere(before[name])
+    check_same_settings(before, given)
     return {**DEFAULTS, **saved}
 
 

@@ -141,9 +141,10 @@ def fit(
 
 def describe(settings: dict[str, Any], data: RunData, trainer: Trainer) -> dict[str, Any]:
     """What was trained on what."""
+    kind, colon, rest = settings["dataset"].partition(":")
     return {
         "version": __version__,
-        "dataset": settings["dataset"],
+        "dataset": kind + colon + Path(rest).name,
         "samples": len(data.given_labels),
         "noise": data.noise,
         "noise_rate": data.noise_rate,

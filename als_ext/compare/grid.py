@@ -185,7 +185,7 @@ def make_grid(
 def from_anywhere(spec: str) -> str:
     """A data set's or a noise's specification, with the whole path where it holds one."""
     kind, _, rest = spec.partition(":")
-    return f"{kind}:{Path(rest).resolve()}" if kind in {"npz", "folder", "file"} and rest else spec
+    return f"{kind}:{Path(rest).absolute()}" if kind in {"npz", "folder", "file"} and rest else spec
 
 
 def named_datasets(specs: Sequence[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ def correct_labels(
             :meth:`als_ext.SampleWeights.scores`); only their order counts. None: the suspects come
             from the neighbours alone.
         num_classes: number of classes, >= 1; None: the highest label + 1. Classes that nobody was
-            given cost memory alone, 8 times the square of this.
+            given change nothing, but for 4 bytes times the square of this.
         k: neighbours that vote, in [1, n - 1], or "auto": 20, fewer where classes are small: a
             sixteenth of their mean size, so that below 32 samples a class a single one votes.
         suspects: "auto" as above. Otherwise these and only these may be relabelled, by the plain
@@ -224,8 +225,58 @@ def correct(
     ``current`` differs from ``given`` where an earlier correction relabelled: there the score
     belongs to a label of our own making and is not heard, so that no decision confirms itself.
     ``guess`` [n] int64 takes the place of the first guess. With ``votes_only`` given labels are no
-    evidence beyond that guess.
+    evidence beyond that guess. Classes that are neither given nor guessed have no part in it.
     """
+    count = torch.bincount(given, minlength=num_classes)
+    if guess is not None:
+        count += torch.bincount(guess, minlength=num_classes)
+    present = rows.sum(count).nonzero()[:, 0]
+    code = torch.full_like(count, -1)
+    code[present] = torch.arange(len(present), device=code.device)
+    coded = _correct_codes(
+        x,
+        code[given],
+        code[current],
+        score,
+        len(present),
+        config,
+        suspect_mask=suspect_mask,
+        voter_mask=voter_mask,
+        guess=None if guess is None else code[guess],
+        votes_only=votes_only,
+        rows=rows,
+    )
+    winner = torch.where(coded.winner < 0, -1, present[coded.winner])
+    new = present[coded.new_label]
+    channel = torch.zeros(num_classes, num_classes, device=x.device)
+    channel[present[:, None], present] = coded.channel
+    channel[code < 0] = 1.0 / num_classes
+    return replace(
+        coded,
+        old_label=current.clone(),
+        new_label=new,
+        changed=new != current,
+        winner=winner,
+        guess=None if coded.guess is None else present[coded.guess],
+        channel=channel,
+    )
+
+
+def _correct_codes(
+    x: Tensor,
+    given: Tensor,
+    current: Tensor,
+    score: Tensor | None,
+    num_classes: int,
+    config: CorrectionConfig,
+    *,
+    suspect_mask: Tensor | None,
+    voter_mask: Tensor | None,
+    guess: Tensor | None,
+    votes_only: bool,
+    rows: Rows,
+) -> CorrectionResult[Tensor]:
+    """:func:`correct` where each class is present; ``current`` is -1 where it is of another one."""
     suspect, threshold = suspect_mask, None
     if suspect is None and config.suspects != "auto":
         if score is None:
@@ -235,10 +286,8 @@ def correct(
         threshold = score_threshold(rows.everywhere(score), config.suspects)
         suspect = score >= threshold
     _, n = rows.span(len(given))
-    # Ids may have gaps: only classes that somebody was given make neighbourhoods small.
-    present = int(rows.sum(torch.bincount(given, minlength=num_classes)).count_nonzero())
-    k = neighbours_that_vote(config.k, n, present)
-    region, spread = neighbourhoods(config.region, config.spread, n, present)
+    k = neighbours_that_vote(config.k, n, num_classes)
+    region, spread = neighbourhoods(config.region, config.spread, n, num_classes)
     widest = k if suspect is not None else max(k, region, *spread)
     graph = Graph(x, widest, config.metric, config.precision, rows)
     first = survival = None
@@ -275,7 +324,7 @@ def correct(
     new = torch.where(accept, vote.winner, given)
     return CorrectionResult(
         suspect=suspect,
-        old_label=current.clone(),
+        old_label=current,
         new_label=new,
         changed=new != current,
         winner=vote.winner,
