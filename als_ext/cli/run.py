@@ -191,8 +191,9 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
         raise ValueError(f"resume: {file} is damaged: expected settings by name")
     before = {name: saved.get(name) for name in given}
     for name in ("dataset", "noise"):  # 0.1.0 of before wrote paths as they were given
-        if isinstance(before.get(name), str):
-            before[name] = from_anywhere(before[name])
+        spec = before.get(name)
+        if isinstance(spec, str):
+            before[name] = from_anywhere(spec)
     check_same_settings(before, given)
     return {**DEFAULTS, **saved}
 
