@@ -96,7 +96,7 @@ host = [
     "-Wall",
     f"-fmacro-prefix-map={ROOT}/=",
 ]
-# The exact distances of csrc/knn forbid fused products. On x86-64 the sources see to that where
+# Sums that are exact by promise forbid fused products. On x86-64 the sources see to that where
 # they are compiled for FMA; elsewhere every target has it.
 if platform.machine().lower() not in {"x86_64", "amd64"}:
     host.append("-ffp-contract=off")
