@@ -187,7 +187,8 @@ struct Scores {
                                  group,
                                  y.dim,
                                  static_cast<int>(here),
-                                 plan.run};
+                                 plan.run,
+                                 static_cast<int>(std::min<int64_t>(2, here))};
       if (hopper) {
         emulated::launch(3, kKnnHopperThreads, [&] { knn_score_hopper(score); }, kKnnHopperShared);
       } else {
