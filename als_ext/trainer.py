@@ -297,8 +297,11 @@ class Trainer:
         self._losses = torch.zeros(n, device=device)
         self._history: list[Record] = []
         self._elapsed = 0.0  # seconds of the runs that this one resumes
-        self._identity = {"samples": n, "labels sha256": labels_digest(self._given)}
-        self._identity["epochs in all"] = self._method.epochs()
+        self._identity = {
+            "samples": n,
+            "labels sha256": labels_digest(self._given),
+            "epochs in all": self._method.epochs(),
+        }
         if known is not None:
             self._identity["clean labels sha256"] = labels_digest(known[1])
         if decided is not None:

@@ -366,15 +366,11 @@ def test_a_run_is_resumed_from_any_folder(capsys, tmp_path, monkeypatch):
     words = ["--dataset", "npz:mine.npz", "--noise", "file:wrong.npy", *SHORT, "--method", "erm"]
     first = result_of(capsys, *words, "--out", "run")
     assert (first["dataset"], first["noise"]) == ("npz:mine.npz", "file:wrong.npy")
-    file = tmp_path / "run" / "run.json"
-    assert str(tmp_path / "mine.npz") in file.read_text()
+    assert str(tmp_path / "mine.npz") in Path("run/run.json").read_text()
     assert result_of(capsys, *words, "--out", "run", "--resume") == first
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert result_of(capsys, "--out", "../run", "--resume") == first
-    monkeypatch.chdir("..")
-    file.write_text(file.read_text().replace(f"{tmp_path}/", ""))  # as an earlier version did
-    assert result_of(capsys, *words, "--out", "run", "--resume") == first
 
 
 def test_resume_refuses_a_damaged_checkpoint_and_one_of_another_shape(capsys, tmp_path):

@@ -189,12 +189,7 @@ def _settings(given: dict[str, Any], out: Path | None, resume: bool) -> dict[str
         raise ValueError(f"resume: {file} is damaged ({type(error).__name__})") from error
     if not isinstance(saved, dict):
         raise ValueError(f"resume: {file} is damaged: expected settings by name")
-    before = {name: saved.get(name) for name in given}
-    for name in ("dataset", "noise"):  # 0.1.0 of before wrote paths as they were given
-        spec = before.get(name)
-        if isinstance(spec, str):
-            before[name] = from_anywhere(spec)
-    check_same_settings(before, given)
+    check_same_settings({name: saved.get(name) for name in given}, given)
     return {**DEFAULTS, **saved}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def make_grid(
 def from_anywhere(spec: str) -> str:
     """A data set's or a noise's specification, with the whole path where it holds one."""
     kind, _, rest = spec.partition(":")
-    return f"{kind}:{Path(rest).absolute()}" if kind in {"npz", "folder", "file"} and rest else spec
+    return f"{kind}:{os.path.abspath(rest)}" if kind in {"npz", "folder", "file"} and rest else spec
 
 
 def named_datasets(specs: Sequence[str]) -> dict[str, str]:
@@ -200,7 +201,7 @@ def named_datasets(specs: Sequence[str]) -> dict[str, str]:
         kind, _, rest = spec.partition(":")
         name = spec
         if kind in {"npz", "folder"} and rest:
-            path = Path(rest).resolve()
+            path = Path(os.path.abspath(rest))  # a link keeps its name
             if not path.exists():
                 raise FileNotFoundError(f"dataset: expected a file or folder, got none at {rest}")
             name, spec = f"{kind}:{path.name}", from_anywhere(spec)
@@ -217,7 +218,7 @@ def named_noises(specs: Sequence[str]) -> dict[str, str]:
         parsed = parse_noise(spec)
         name = spec
         if parsed.path is not None:
-            path = Path(parsed.path).resolve()
+            path = Path(os.path.abspath(parsed.path))
             if not path.is_file():
                 raise FileNotFoundError(f"noise: expected a file, got none at {parsed.path}")
             name, spec = f"file:{path.name}", from_anywhere(spec)

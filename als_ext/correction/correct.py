@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -233,50 +232,10 @@ def correct(
     present = rows.sum(count).nonzero()[:, 0]
     code = torch.full_like(count, -1)
     code[present] = torch.arange(len(present), device=code.device)
-    coded = _correct_codes(
-        x,
-        code[given],
-        code[current],
-        score,
-        len(present),
-        config,
-        suspect_mask=suspect_mask,
-        voter_mask=voter_mask,
-        guess=None if guess is None else code[guess],
-        votes_only=votes_only,
-        rows=rows,
-    )
-    winner = torch.where(coded.winner < 0, -1, present[coded.winner])
-    new = present[coded.new_label]
-    channel = torch.zeros(num_classes, num_classes, device=x.device)
-    channel[present[:, None], present] = coded.channel
-    channel[code < 0] = 1.0 / num_classes
-    return replace(
-        coded,
-        old_label=current.clone(),
-        new_label=new,
-        changed=new != current,
-        winner=winner,
-        guess=None if coded.guess is None else present[coded.guess],
-        channel=channel,
-    )
+    before, size, num_classes = current, num_classes, len(present)
+    given, current = code[given], code[current]  # -1 where it is of a class that is not present
+    guess = None if guess is None else code[guess]
 
-
-def _correct_codes(
-    x: Tensor,
-    given: Tensor,
-    current: Tensor,
-    score: Tensor | None,
-    num_classes: int,
-    config: CorrectionConfig,
-    *,
-    suspect_mask: Tensor | None,
-    voter_mask: Tensor | None,
-    guess: Tensor | None,
-    votes_only: bool,
-    rows: Rows,
-) -> CorrectionResult[Tensor]:
-    """:func:`correct` where each class is present; ``current`` is -1 where it is of another one."""
     suspect, threshold = suspect_mask, None
     if suspect is None and config.suspects != "auto":
         if score is None:
@@ -321,20 +280,23 @@ def _correct_codes(
             label = torch.where(vote.winner < 0, given, vote.winner)
         accept = suspect = label != given
     accept = accept & (vote.share >= config.min_share) & (vote.margin >= config.min_margin)
-    new = torch.where(accept, vote.winner, given)
+    new = present[torch.where(accept, vote.winner, given)]
+    channel = torch.zeros(size, size, device=x.device)
+    channel[present[:, None], present] = vote.channel.float()
+    channel[code < 0] = 1.0 / size
     return CorrectionResult(
         suspect=suspect,
-        old_label=current,
+        old_label=before.clone(),
         new_label=new,
-        changed=new != current,
-        winner=vote.winner,
+        changed=new != before,
+        winner=torch.where(vote.winner < 0, -1, present[vote.winner]),
         share=vote.share,
         margin=vote.margin,
         log_odds=vote.log_odds,
         neighbours=graph.indices[:, :k].contiguous(),
         distances=graph.distance[:, :k].contiguous(),
-        channel=vote.channel.float(),
-        guess=first,
+        channel=channel,
+        guess=None if first is None else present[first],
         k=k,
         survival=survival,
         threshold=threshold,

@@ -58,12 +58,7 @@ def as_labels(
         >>> as_labels(np.array([2, 0], dtype=np.uint8), num_classes=3)
         tensor([2, 0])
     """
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
-    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
-        found = getattr(array, "dtype", type(array).__name__)
-        raise TypeError(f"{name}: expected integer class labels, got {found}")
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected shape [n], got {list(array.shape)}")
+    array = _integers(labels, name, "class labels", "[n]")
     if n is not None and len(array) != n:
         raise ValueError(f"{name}: expected {n} labels, got {len(array)}")
     if len(array) == 0:
@@ -75,6 +70,16 @@ def as_labels(
         expected = "at least 0" if num_classes is None else f"in [0, {num_classes})"
         raise ValueError(f"{name}: {unit} {first}: expected a label {expected}, got {array[first]}")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _integers(value: object, name: str, what: str, shape: str) -> npt.NDArray[np.integer]:
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
+        found = getattr(array, "dtype", type(array).__name__)
+        raise TypeError(f"{name}: expected integer {what}, got {found}")
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(array.shape)}")
+    return array
 
 
 def as_positions(index: Tensor | npt.NDArray[np.integer], n: int, *, name: str = "index") -> Tensor:
@@ -101,12 +106,7 @@ def as_positions(index: Tensor | npt.NDArray[np.integer], n: int, *, name: str =
         >>> as_positions(np.array([2, 0]), 3)
         tensor([2, 0])
     """
-    array = index.detach().cpu().numpy() if isinstance(index, Tensor) else index
-    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
-        found = getattr(array, "dtype", type(array).__name__)
-        raise TypeError(f"{name}: expected integer positions of samples, got {found}")
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected shape [m], got {list(array.shape)}")
+    array = _integers(index, name, "positions of samples", "[m]")
     wrong = (array < 0) | (array >= n)
     if wrong.any():
         first = int(np.argmax(wrong))

@@ -126,7 +126,7 @@ class AlsClassifier(ClassifierMixin, BaseEstimator):
             make = self.make_model
             model = MLP(shape[:1], shape[1], self.hidden) if make is None else make(*shape)
         trainer = Trainer(model, config, num_classes=len(self.classes_), progress=False)
-        self.result_ = trainer.fit(_tensor(X), torch.from_numpy(codes))
+        self.result_ = trainer.fit(X, codes)
         self.model_ = model.cpu().eval()
         self.labels_ = self.classes_[self.result_.labels.numpy()]
         report = self.result_.report
